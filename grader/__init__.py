@@ -1,0 +1,1 @@
+"""Boot a kernel, drive it from outside, count what it does, and grade it."""

@@ -1,0 +1,184 @@
+"""Measurement -> verdict and points: pure functions, nothing here runs anything."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from grader.lab import Check, Lab
+
+Verdict = Literal["pass", "fail", "no-build", "panic", "hang", "infra"]
+
+# Two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom.
+_STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """One row of a grade."""
+
+    id: str
+    title: str
+    rubric: str
+    verdict: Verdict
+    points: float
+    max_points: float
+    evidence: str
+    reason: str
+    next_step: str
+    measured: dict[str, float] = field(default_factory=dict)
+    compared_with: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and the half-width of its 95 % confidence interval."""
+
+    mean: float
+    half: float
+
+    @property
+    def low(self) -> float:
+        """Lower end."""
+        return self.mean - self.half
+
+    @property
+    def high(self) -> float:
+        """Upper end."""
+        return self.mean + self.half
+
+
+def interval(samples: Sequence[float]) -> Interval:
+    """Return the mean of two or more samples with its 95 % interval (Student's t)."""
+    count = len(samples)
+    if count < 2:
+        raise ValueError("an interval needs at least two samples")
+    t = _STUDENT_T[min(count - 2, len(_STUDENT_T) - 1)]
+    return Interval(statistics.fmean(samples), t * statistics.stdev(samples) / math.sqrt(count))
+
+
+def shares(
+    starter: Sequence[float], solution: Sequence[float], submission: Sequence[float]
+) -> list[float]:
+    """Return, for each round of measurements, how far the submission went from the starter (0)
+    to the solution (1).
+    """
+    return [
+        (base - value) / (base - best)
+        for base, best, value in zip(starter, solution, submission, strict=True)
+    ]
+
+
+def straddles(check: Check, share: Interval) -> bool:
+    """Whether a step lies inside the interval, so that measuring more could change the points."""
+    return any(share.low < step.share <= share.high for step in check.steps)
+
+
+def reduction(
+    check: Check,
+    starter: Sequence[float],
+    solution: Sequence[float],
+    submission: Sequence[float],
+) -> CheckResult:
+    """Give the points of a ``reduction`` check from the per-transaction counts of each round.
+
+    A step that lies inside the interval counts as reached: the student gets the better one.
+    """
+    share = interval(shares(starter, solution, submission))
+    reached = [step for step in check.steps if step.share <= share.high]
+    points = reached[-1].points if reached else 0.0
+    full = points == check.max_points
+    missing = next((step for step in check.steps if step.share > share.high), None)
+    return CheckResult(
+        id=check.id,
+        title=check.title,
+        rubric=check.rubric,
+        verdict="pass" if full else "fail",
+        points=points,
+        max_points=check.max_points,
+        evidence=check.evidence,
+        reason=f"{share.mean:.0%} of the way from starter to solution (± {share.half:.0%})",
+        next_step=""
+        if missing is None
+        else f"{missing.points:g} points from {missing.share:.0%} on. {check.hint}",
+        measured={
+            check.metric: statistics.fmean(submission),
+            "share": share.mean,
+            "share_half_width": share.half,
+        },
+        compared_with={
+            "starter": statistics.fmean(starter),
+            "solution": statistics.fmean(solution),
+        },
+    )
+
+
+def served(check: Check, transactions: int) -> CheckResult:
+    """Return the result of a ``serve`` check in which every byte was right."""
+    return CheckResult(
+        id=check.id,
+        title=check.title,
+        rubric=check.rubric,
+        verdict="pass",
+        points=check.max_points,
+        max_points=check.max_points,
+        evidence=check.evidence,
+        reason=f"{transactions} transactions, every byte right",
+        next_step="",
+        measured={"transactions": transactions, "wrong": 0},
+    )
+
+
+def failed(check: Check, verdict: Verdict, reason: str, next_step: str = "") -> CheckResult:
+    """Return the result of a check that gives no points, with the verdict's usual next step."""
+    usual = {
+        "fail": check.hint,
+        "no-build": "Mend the first error above, then grade again.",
+        "panic": "Read the trace from its top: the first function of yours in it is where to look.",
+        "hang": "Which lock is held, or which flag never set? `invoke boot --gdb` shows where each "
+        "vCPU is.",
+        "infra": "This is no fault of the submission; grade again, and see `invoke doctor`.",
+    }
+    return CheckResult(
+        id=check.id,
+        title=check.title,
+        rubric=check.rubric,
+        verdict=verdict,
+        points=0.0,
+        max_points=check.max_points,
+        evidence=check.evidence,
+        reason=reason,
+        next_step=next_step or usual.get(verdict, ""),
+    )
+
+
+def apply_activity(lab: Lab, results: Sequence[CheckResult]) -> list[CheckResult]:
+    """Take the correctness points away while the optimisation is not active.
+
+    What the plain way does right is still shown as passed, with 0 points and the reason.
+    """
+    judge = next(result for result in results if result.id == lab.active_check)
+    if judge.verdict == "infra" or judge.measured.get("share", 0.0) >= lab.active_share:
+        return list(results)
+    kinds = {check.id: check.kind for check in lab.checks}
+    share = judge.measured.get("share")
+    seen = "it could not be measured" if share is None else f"now: {max(share, 0):.0%}"
+    return [
+        replace(
+            result,
+            points=0.0,
+            reason=f"{result.reason}; no points yet, for the optimisation is not active",
+            next_step=f"Points count once check {judge.id} shows {lab.active_share:.0%} ({seen}).",
+        )
+        if kinds[result.id] == "serve" and result.verdict == "pass"
+        else result
+        for result in results
+    ]
+
+
+def score(results: Sequence[CheckResult]) -> float:
+    """Return the sum of the points."""
+    return sum(result.points for result in results)

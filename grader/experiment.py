@@ -1,0 +1,296 @@
+"""Experiments: a server in the guest, a load from outside, and what came of it.
+
+A window of N transactions ends when the system has drained, so work that was put off is in it;
+what a window costs beside its transactions (the drain, the clock's ticks) is in a window of any
+length. A cost per transaction is therefore the slope between a short and a long window, summed
+over all vCPUs: neither preparing work before the window nor putting it off beyond it, nor moving
+it to another vCPU, makes it smaller.
+"""
+
+from __future__ import annotations
+
+import functools
+import shlex
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, Self
+
+from grader.lab import LoadShape
+from grader.limits import scaled
+from grader.load import ByteError, Load, LoadError, LoadSpec, PhaseResult, Stalled, Stopped
+from grader.machine import Hung, MachineError, Panicked
+from grader.station import Station
+
+PORT = 5000
+STALL_SECONDS = 4.0
+# Transactions of the short window; the long one has three times as many.
+SHORT_WINDOW = 1024
+# Seconds for a server to start, and to be gone after SIGKILL.
+START_SECONDS = 10.0
+KILL_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one transaction costs: counts per transaction, over all vCPUs."""
+
+    user_instructions: float
+    kernel_instructions: float
+    calls: Mapping[str, float]
+    """Entries of each function that the probe counts."""
+
+    @property
+    def instructions(self) -> float:
+        """User and kernel instructions together."""
+        return self.user_instructions + self.kernel_instructions
+
+    def metric(self, name: str) -> float:
+        """Return the cost that a lab.toml calls `name`."""
+        return self.instructions if name == "instructions" else self.calls[name]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an experiment has no result."""
+
+    verdict: Literal["fail", "panic", "hang", "infra"]
+    reason: str
+    trace: str = ""
+    """Of a panic or a hang: what the kernel printed, decoded."""
+
+
+class ExperimentFailed(Exception):
+    """The variant did not get through the experiment; `failure` says how."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.reason)
+        self.failure = failure
+
+
+def machine_failure(error: MachineError) -> Failure:
+    """Return the verdict for a guest that is gone: ``hang`` if it is silent, else ``panic``."""
+    if isinstance(error, Hung):
+        return Failure("hang", error.problem, error.trace)
+    if isinstance(error, Panicked):
+        return Failure("panic", error.problem, error.trace)
+    return Failure("panic", error.problem, error.console)
+
+
+class Session:
+    """A server that runs in a station, with a load attached to it; a context manager.
+
+    Whatever goes wrong is raised as `ExperimentFailed`, with load and server ended.
+    """
+
+    def __init__(self, station: Station, server: str, shape: LoadShape, seed: int) -> None:
+        self._station = station
+        self._program = shlex.split(server)[0]
+        buffer = max(4096, min(shape.size, 65536))
+        self._command = f"{server} --buffer {buffer} --daemon --port {PORT}"
+        machine = station.machine
+        spec = LoadSpec(
+            address=machine.address,
+            port=PORT,
+            connections=shape.connections,
+            transactions_per_connection=shape.transactions_per_connection,
+            size=shape.size,
+            mode=shape.mode,
+            close=shape.close,
+            pause_us=shape.pause_us,
+            seed=seed,
+            stall_seconds=scaled(STALL_SECONDS),
+        )
+        pipe = subprocess.PIPE
+        spawn = functools.partial(machine.host, stdin=pipe, stdout=pipe, stderr=pipe)
+        self._load = Load(spec, spawn, machine.watch)
+        self._ended = False
+
+    def __enter__(self) -> Self:
+        """Start the server, open the connections and warm up."""
+        with self._judged():
+            started = self._station.machine.run(self._command, timeout=START_SECONDS)
+            if started.status:
+                text = started.output.decode(errors="replace").strip()[-500:]
+                raise ExperimentFailed(
+                    Failure("fail", f"{self._program} ended with status {started.status}: {text}")
+                )
+            self._load.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the connections and end the server."""
+        if self._ended:
+            return
+        if kind is not None:
+            self._load.close()
+            return
+        with self._judged():
+            self._load.finish()
+            self._load.close()
+            if not self._kill():
+                raise ExperimentFailed(Failure("hang", f"{self._program} cannot be killed"))
+            self._ended = True
+
+    def run(self, transactions: int) -> PhaseResult:
+        """Do so many transactions, every byte right."""
+        with self._judged():
+            phase = self._load.go(transactions)
+            if phase.error_count or not phase.complete:
+                raise ExperimentFailed(Failure("fail", _describe_errors(phase)))
+        return phase
+
+    def costs(self, short: int, long: int) -> Costs:
+        """Measure the cost of a transaction as the slope between two windows."""
+        readings = [self._station.probe.read()]
+        for transactions in (short, long):
+            self.run(transactions)
+            readings.append(self._station.probe.read())
+        first = (readings[1] - readings[0]).total
+        second = (readings[2] - readings[1]).total
+        span = long - short
+        return Costs(
+            user_instructions=(second.user - first.user) / span,
+            kernel_instructions=(second.kernel - first.kernel) / span,
+            calls={
+                name: (count - first.functions[name]) / span
+                for name, count in second.functions.items()
+            },
+        )
+
+    @contextmanager
+    def _judged(self) -> Iterator[None]:
+        """Turn what went wrong into a verdict, and leave nothing running."""
+        try:
+            yield
+        except MachineError as error:
+            failure = machine_failure(error)
+        except Stalled as error:
+            failure = self._after_stall(str(error))
+        except Stopped as error:
+            failure = self._unless_stuck(Failure("fail", str(error)))
+        except LoadError as error:
+            failure = Failure("infra", f"the load generator failed: {error}")
+        except ExperimentFailed as error:
+            failure = self._unless_stuck(error.failure)
+        else:
+            return
+        self._ended = True
+        self._load.close()
+        raise ExperimentFailed(failure)
+
+    def _kill(self) -> bool:
+        """End the server; False if its threads do not go: one of them hangs in the kernel."""
+        name = shlex.quote(self._program[:15])
+        command = (
+            f"killall -9 {name} 2>/dev/null; "
+            f"for i in $(seq 20); do pidof {name} >/dev/null || exit 0; sleep 0.1; done; exit 1"
+        )
+        return self._station.machine.run(command, timeout=KILL_SECONDS).status == 0
+
+    def _unless_stuck(self, failure: Failure) -> Failure:
+        """Return `failure`, or one that says that the server cannot even be killed."""
+        if failure.verdict != "fail":
+            return failure
+        try:
+            if self._kill():
+                return failure
+        except MachineError as error:
+            after = machine_failure(error)
+            return Failure(after.verdict, f"{failure.reason}; and then {after.reason}", after.trace)
+        return Failure("hang", f"{failure.reason}; and then {self._program} could not be killed")
+
+    def _after_stall(self, what: str) -> Failure:
+        """Tell a server that merely does not answer from one that hangs in the kernel.
+
+        The first can be killed; the second, or a machine that does not answer, hangs.
+        """
+        return self._unless_stuck(
+            Failure(
+                "fail",
+                f"{what}. The server sleeps and can be killed: a wake-up was lost, "
+                "or a request was never executed",
+            )
+        )
+
+
+def _describe_errors(phase: PhaseResult) -> str:
+    kinds = ", ".join(f"{count} {kind}" for kind, count in phase.errors.items() if count)
+    text = f"of {phase.asked} transactions {phase.transactions} were completed; errors: {kinds}"
+    if phase.details:
+        text += f". First: {_describe(phase.details[0])}"
+    return text
+
+
+def _describe(error: ByteError) -> str:
+    where = f"connection {error.connection}, transaction {error.transaction}, byte {error.offset}"
+    if error.expected is not None and error.got is not None:
+        return f"{where}: expected 0x{error.expected:02x}, got 0x{error.got:02x}"
+    return f"{where}: {error.kind} {error.errno}".rstrip()
+
+
+@dataclass
+class Compared:
+    """The measurements of several stations, taken in turn: index r is the r-th round of each."""
+
+    costs: dict[str, list[Costs]]
+    failures: dict[str, Failure]
+
+    def samples(self, metric: str) -> tuple[list[float], list[float], list[float]]:
+        """Return this cost per transaction, round by round: starter's, solution's, submission's."""
+        starter, solution, submission = (
+            [costs.metric(metric) for costs in self.costs[name]]
+            for name in ("starter", "solution", "submission")
+        )
+        return starter, solution, submission
+
+
+class Comparison:
+    """Measures several stations in turn, under the same load and on the same host just then."""
+
+    def __init__(
+        self, stations: Mapping[str, Station], server: str, shape: LoadShape, seed: int
+    ) -> None:
+        self._stations = stations
+        self._server = server
+        self._shape = shape
+        self._seed = seed
+        self._compared = Compared({name: [] for name in stations}, {})
+
+    def measure(self, rounds: int) -> Compared:
+        """Add so many rounds and return all. A station that fails is left out from then on."""
+        unit = self._shape.connections * max(1, self._shape.transactions_per_connection)
+        # About a second's work, in whole rounds of all connections.
+        short = max(1, SHORT_WINDOW // unit) * unit
+        with ExitStack() as stack:
+            sessions: dict[str, Session] = {}
+            for name, station in self._stations.items():
+                with self._recording(name):
+                    session = Session(station, self._server, self._shape, self._seed)
+                    stack.callback(self._end, name, session)
+                    sessions[name] = session.__enter__()
+            for _ in range(rounds):
+                for name, session in sessions.items():
+                    if name not in self._compared.failures:
+                        with self._recording(name):
+                            costs = session.costs(short, 3 * short)
+                            self._compared.costs[name].append(costs)
+        return self._compared
+
+    def _end(self, name: str, session: Session) -> None:
+        with self._recording(name):
+            session.__exit__(None, None, None)
+
+    @contextmanager
+    def _recording(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except ExperimentFailed as error:
+            self._compared.failures.setdefault(name, error.failure)

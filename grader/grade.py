@@ -1,0 +1,315 @@
+"""Grade a variant of a lab: build, boot, measure beside starter and solution, judge.
+
+A submission can fail in every way there is; what is wrong with *it* becomes a verdict. What is
+wrong with the machine is found out by asking the reference to do the same: only if the solution
+fails, too, the verdict is ``infra``.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from grader import checks as judge
+from grader import variant as variants
+from grader.checks import CheckResult
+from grader.errors import UserError
+from grader.experiment import (
+    Comparison,
+    ExperimentFailed,
+    Failure,
+    Session,
+    machine_failure,
+)
+from grader.lab import Check, Lab
+from grader.machine import MachineError
+from grader.progress import Progress
+from grader.station import Built, Station, build
+from grader.variant import Variant
+from images.build import CompileError
+from kernel.build import Kernel, ModuleError, build_kernel
+
+ROUNDS = 3
+MAX_ROUNDS = 9
+TRACE_CHARACTERS = 3000
+
+
+class NoGrade(UserError):
+    """The machine, not the submission, is why there is no grade."""
+
+
+@dataclass(frozen=True)
+class Grade:
+    """The outcome of grading one variant; see result.schema.json for the file."""
+
+    lab: str
+    variant: str
+    score: float
+    max_score: float
+    checks: tuple[CheckResult, ...]
+    environment: Mapping[str, object]
+    phases: Mapping[str, float]
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def judged(self) -> bool:
+        """Whether every check could be judged; if not, the score is none."""
+        return all(result.verdict != "infra" for result in self.checks)
+
+
+class Candidate:
+    """The variant to be graded: boots its station when needed, and once more after it is lost."""
+
+    MAX_BOOTS = 2
+
+    def __init__(self, built: Built, vcpus: int, stack: ExitStack, progress: Progress) -> None:
+        self._built = built
+        self._vcpus = vcpus
+        self._stack = stack
+        self._progress = progress
+        self._boots = 0
+        self._station: Station | None = None
+        self.lost: Failure | None = None
+        """Why there is no station any more, once every boot has been used."""
+
+    def station(self) -> Station | None:
+        """Return a running station, or None when the variant has lost all its machines."""
+        while self._station is None and self.lost is None:
+            self._boots += 1
+            try:
+                with self._progress.phase("boot"):
+                    self._station = self._stack.enter_context(
+                        Station(self._built, self._vcpus, "submission")
+                    )
+            except MachineError as error:
+                self.abandon(machine_failure(error))
+        return self._station
+
+    def abandon(self, failure: Failure) -> None:
+        """Give the station up after a panic or a hang."""
+        if self._station is not None:
+            self._station.close()
+            self._station = None
+        if self._boots >= self.MAX_BOOTS:
+            self.lost = failure
+
+
+def grade(
+    lab: Lab,
+    variant: Variant,
+    vcpus: int = 4,
+    seed: int | None = None,
+    progress: Progress | None = None,
+) -> Grade:
+    """Grade `variant`. Raises `NoGrade` or another `UserError` where the machine fails."""
+    progress = progress or Progress(quiet=True)
+    seed = secrets.randbits(63) if seed is None else seed
+    load_before = os.getloadavg()[0]
+    with progress.phase("kernel"):
+        kernel = build_kernel(progress=progress)
+    with progress.phase("references"):
+        references = {
+            "starter": build(lab, variants.starter(lab.folder), kernel),
+            "solution": build(lab, variants.solution(lab.folder), kernel),
+        }
+    results: list[CheckResult]
+    machine: Mapping[str, object] = {}
+    with progress.phase("submission"):
+        built = _build_submission(lab, variant, kernel)
+    if isinstance(built, str):
+        reason = f"does not compile: {_first_error(built)}"
+        results = [
+            judge.failed(check, "no-build", reason, next_step=built.strip()[:4000])
+            for check in lab.checks
+        ]
+    else:
+        results, machine = _measure(lab, built, references, vcpus, seed, progress)
+    results = judge.apply_activity(lab, results)
+    return Grade(
+        lab=lab.name,
+        variant=variant.name,
+        score=judge.score(results),
+        max_score=lab.max_score,
+        checks=tuple(results),
+        environment={
+            "kernel": kernel.release,
+            "kernel_key": kernel.key,
+            **machine,
+            "vcpus": vcpus,
+            "seed": seed,
+            "host_cpus": os.cpu_count() or 1,
+            "host_load": {"before": load_before, "after": os.getloadavg()[0]},
+            "commit": commit(),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        },
+        phases=dict(progress.times),
+        ignored=variant.ignored,
+    )
+
+
+def commit() -> str:
+    """Return the checkout's commit, with ``+`` if files differ from it; empty without git."""
+    folder = Path(__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return ""
+    return done.stdout.strip()
+
+
+def _build_submission(lab: Lab, variant: Variant, kernel: Kernel) -> Built | str:
+    try:
+        return build(lab, variant, kernel)
+    except (ModuleError, CompileError) as error:
+        return error.text
+
+
+def _first_error(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if "error" in line.lower()]
+    return lines[0] if lines else (text.strip().splitlines() or ["no message"])[0]
+
+
+def _measure(
+    lab: Lab,
+    built: Built,
+    references: Mapping[str, Built],
+    vcpus: int,
+    seed: int,
+    progress: Progress,
+) -> tuple[list[CheckResult], Mapping[str, object]]:
+    """Run every check; return the results in the lab's order, and the machine's description."""
+    results: dict[str, CheckResult] = {}
+    with ExitStack() as stack:
+        stations: dict[str, Station] = {}
+        with progress.phase("boot"):
+            for name, reference in references.items():
+                progress.update(name)
+                try:
+                    stations[name] = stack.enter_context(Station(reference, vcpus, name))
+                except MachineError as error:
+                    raise NoGrade(
+                        f"the {name} does not boot here: {error}",
+                        "run `invoke doctor`; if it finds nothing, report this",
+                    ) from error
+        description = stations["solution"].machine.environment()
+        candidate = Candidate(built, vcpus, stack, progress)
+
+        serve = [check for check in lab.checks if check.kind == "serve"]
+        with progress.phase("correctness"):
+            for check in serve:
+                progress.update(check.title)
+                results[check.id] = _serve(check, candidate, stations["solution"], seed)
+                _say(progress, results[check.id])
+        with progress.phase("performance"):
+            for check in lab.checks:
+                if check.kind == "reduction" and not check.same_run:
+                    progress.update(check.title)
+                    same = [c for c in lab.checks if check.id in (c.id, c.same_run)]
+                    for result in _reduction(check, same, candidate, stations, seed, progress):
+                        results[result.id] = result
+                        _say(progress, result)
+    return [results[check.id] for check in lab.checks], description
+
+
+def _say(progress: Progress, result: CheckResult) -> None:
+    progress.say(f"  {result.verdict:8} {result.title}")
+
+
+def _attempt(candidate: Candidate, what: Callable[[Station], None]) -> Failure | None:
+    """Let the candidate do `what`; return how it failed, or None."""
+    station = candidate.station()
+    if station is None:
+        assert candidate.lost is not None
+        return Failure(
+            candidate.lost.verdict,
+            f"not run: the machine was lost {Candidate.MAX_BOOTS} times, last: "
+            f"{candidate.lost.reason}",
+        )
+    try:
+        what(station)
+    except ExperimentFailed as error:
+        if error.failure.verdict in ("panic", "hang"):
+            candidate.abandon(error.failure)
+        return error.failure
+    return None
+
+
+def _serve(check: Check, candidate: Candidate, reference: Station, seed: int) -> CheckResult:
+    def run(station: Station) -> None:
+        with Session(station, check.server, check.load, seed) as session:
+            session.run(check.transactions)
+
+    failure = _attempt(candidate, run)
+    if failure is None:
+        return judge.served(check, check.transactions)
+    if doubt := _reference_fails(run, reference):
+        return judge.failed(
+            check, "infra", f"{failure.reason}; but the solution fails here, too: {doubt}"
+        )
+    return _judged(check, failure)
+
+
+def _judged(check: Check, failure: Failure) -> CheckResult:
+    result = judge.failed(check, failure.verdict, failure.reason)
+    if failure.trace:
+        step = f"{result.next_step}\n{failure.trace[:TRACE_CHARACTERS]}"
+        result = replace(result, next_step=step)
+    return result
+
+
+def _reference_fails(run: Callable[[Station], None], reference: Station) -> str:
+    try:
+        run(reference)
+    except ExperimentFailed as error:
+        return error.failure.reason
+    return ""
+
+
+def _reduction(
+    check: Check,
+    same_run: list[Check],
+    candidate: Candidate,
+    references: Mapping[str, Station],
+    seed: int,
+    progress: Progress,
+) -> list[CheckResult]:
+    """Measure starter, solution and submission in turn, and judge every check of this run."""
+    station = candidate.station()
+    if station is None:
+        assert candidate.lost is not None
+        lost = candidate.lost
+        return [judge.failed(c, lost.verdict, f"not run: {lost.reason}") for c in same_run]
+
+    stations = {**references, "submission": station}
+    comparison = Comparison(stations, check.server, check.load, seed)
+    rounds = ROUNDS
+    compared = comparison.measure(rounds)
+    while not compared.failures and rounds < MAX_ROUNDS:
+        shares = {c.id: judge.interval(judge.shares(*compared.samples(c.metric))) for c in same_run}
+        undecided = [c for c in same_run if judge.straddles(c, shares[c.id])]
+        if not undecided:
+            break
+        progress.update(f"{check.title}: measuring again, a step is within the spread")
+        rounds += ROUNDS
+        compared = comparison.measure(ROUNDS)
+    for name in references:
+        if name in compared.failures:
+            reason = f"the {name} fails here: {compared.failures[name].reason}"
+            return [judge.failed(c, "infra", reason) for c in same_run]
+    if failure := compared.failures.get("submission"):
+        if failure.verdict in ("panic", "hang"):
+            candidate.abandon(failure)
+        return [_judged(c, failure) for c in same_run]
+    return [judge.reduction(c, *compared.samples(c.metric)) for c in same_run]

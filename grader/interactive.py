@@ -1,0 +1,159 @@
+"""`invoke boot` and `invoke load`: the machine for people."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+from rich.console import Console as Terminal
+from rich.table import Table
+
+from grader import cache
+from grader import variant as variants
+from grader.errors import UserError
+from grader.lab import Lab
+from grader.load import Load, LoadSpec, PhaseResult, Stalled, Stopped
+from grader.machine import Machine, MachineConfig, kvm_works
+from grader.network import Sandbox
+from grader.progress import Progress
+from grader.station import build
+from kernel.build import build_kernel
+
+SERVERS = "mp-server --batch --daemon --port 5000; epoll-server --daemon --port 5001"
+
+
+def choose_variant(lab: Lab, name: str) -> variants.Variant:
+    """Return the tree's variant of this name."""
+    if name == "solution":
+        return variants.solution(lab.folder)
+    if name == "starter":
+        return variants.starter(lab.folder)
+    raise UserError(f"there is no variant called {name}", "choose solution or starter")
+
+
+def boot(lab: Lab, variant: str, smp: int, gdb: bool, debug: bool, kvm: bool) -> None:
+    """Boot a variant, start its servers, and give its console to this terminal."""
+    if not 1 <= smp <= 16:
+        raise UserError(f"--smp {smp}: a machine has 1 to 16 vCPUs", "choose --smp 4, say")
+    progress = Progress()
+    with progress.phase("build"):
+        kernel = build_kernel(debug, progress)
+        built = build(lab, choose_variant(lab, variant), kernel)
+    if kvm:
+        works, why = kvm_works(kernel.vmlinux)
+        if not works:
+            raise UserError(f"KVM does not work here: {why}", "leave --kvm out")
+    config = MachineConfig(
+        kernel=kernel.vmlinux,
+        initramfs=built.image.initramfs,
+        vcpus=smp,
+        accelerator="kvm" if kvm else "tcg",
+        shell=True,
+        gdb=gdb,
+        kernel_args=("loglevel=7",) if debug else (),
+        symbols=(kernel.vmlinux, built.module.ko),
+    )
+    with progress.phase("boot"):
+        machine = Machine(config)
+        machine.__enter__()
+    with machine, _announced(machine.sandbox):
+        machine.run(SERVERS)
+        terminal = Terminal()
+        terminal.print(
+            f"\nLinux {kernel.release}, {smp} vCPUs, {variant}: mp-server --batch listens on port "
+            "5000, epoll-server on 5001.\n"
+            "From another terminal:  invoke load            (or: invoke load --port 5001)"
+        )
+        if gdb:
+            terminal.print(
+                f"gdb:  gdb {kernel.vmlinux} -ex 'target remote {machine.gdb_socket}' "
+                f"-ex 'add-symbol-file {built.module.ko} {_text_address(machine)}'"
+            )
+        terminal.print("Leave with Ctrl-] or `poweroff -f`.\n")
+        machine.console.interact()
+
+
+def _text_address(machine: Machine) -> str:
+    """Return where the module's code lies, for gdb."""
+    return machine.run("cat /sys/module/megapipe/sections/.text").text.strip()
+
+
+def _state() -> Path:
+    return cache.root() / "running.json"
+
+
+@contextmanager
+def _announced(sandbox: Sandbox) -> Iterator[None]:
+    """Let `invoke load` in another terminal find this machine."""
+    process = psutil.Process(sandbox.pid)
+    state = {"pid": process.pid, "created": process.create_time()}
+    partial = _state().with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(state))
+    partial.replace(_state())
+    try:
+        yield
+    finally:
+        _state().unlink(missing_ok=True)
+
+
+def _running() -> Sandbox:
+    """Return the sandbox of the machine that `invoke boot` runs."""
+    nothing = UserError("no machine is running", "start one in another terminal: invoke boot")
+    try:
+        state = json.loads(_state().read_text())
+        process = psutil.Process(state["pid"])
+        # A number alone might have been given to another process since.
+        if process.create_time() != state["created"]:
+            raise nothing
+    except (OSError, ValueError, KeyError, psutil.Error):
+        raise nothing from None
+    return Sandbox.joined(process)
+
+
+def load(spec: LoadSpec, transactions: int) -> int:
+    """Send traffic to the running machine and print what came back; 1 if a byte was wrong."""
+    sandbox = _running()
+    # A whole number of connections.
+    each = max(1, spec.transactions_per_connection)
+    transactions = -(-transactions // each) * each
+
+    def spawn(argv: list[str]) -> subprocess.Popen[bytes]:
+        pipe = subprocess.PIPE
+        return sandbox.popen(argv, stdin=pipe, stdout=pipe, stderr=pipe)
+
+    terminal = Terminal()
+    with Load(spec, spawn) as one:
+        try:
+            with terminal.status(f"{spec.connections} connections, {transactions} transactions"):
+                one.start()
+                phase = one.go(transactions)
+                one.finish()
+        except (Stalled, Stopped) as error:
+            raise UserError(str(error), "is the server still there? see its console") from error
+    terminal.print(_table(phase))
+    return 1 if phase.error_count else 0
+
+
+def _table(phase: PhaseResult) -> Table:
+    seconds = phase.wall_ns / 1e9
+    rows = Table(show_header=False, box=None)
+    rows.add_row("transactions", f"{phase.transactions}, errors {phase.error_count}")
+    rows.add_row("time", f"{seconds:.2f} s, {phase.transactions / seconds:,.0f} per second")
+    rows.add_row("packets", f"{phase.packets_dropped} dropped, {phase.retransmissions} sent again")
+    if latency := phase.latency:
+        rows.add_row(
+            "latency",
+            f"median {latency.p50:,.0f} µs, 99 % {latency.p99:,.0f} µs, most {latency.max:,.0f} µs",
+        )
+    for error in phase.details[:5]:
+        rows.add_row(
+            "error",
+            f"{error.kind}: connection {error.connection}, transaction {error.transaction}, "
+            f"byte {error.offset}",
+        )
+    return rows

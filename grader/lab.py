@@ -1,0 +1,184 @@
+"""lab.toml as data: what a lab asks for, and the points it gives.
+
+Checks are of two kinds. ``serve`` runs a load and wants every byte right. ``reduction`` measures
+a count per transaction and gives points for how far it is from the starter's towards the
+solution's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from grader.errors import UserError
+
+LABS = Path(__file__).parent.parent / "labs"
+METRICS = ("syscalls", "instructions", "wakeups")
+
+
+class LabError(UserError):
+    """A lab.toml says something that cannot be."""
+
+    def __init__(self, lab: str, problem: str) -> None:
+        super().__init__(f"labs/{lab}/lab.toml: {problem}", "correct the file")
+
+
+@dataclass(frozen=True)
+class LoadShape:
+    """The part of a load that a check chooses; see `grader.load.LoadSpec`."""
+
+    connections: int
+    transactions_per_connection: int
+    size: int = 64
+    mode: Literal["closed", "rounds"] = "closed"
+    close: Literal["rst", "fin"] = "rst"
+    pause_us: int = 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """From this share of the way to the solution on, so many points."""
+
+    share: float
+    points: float
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of the grade."""
+
+    id: str
+    rubric: str
+    title: str
+    kind: Literal["serve", "reduction"]
+    hint: str
+    server: str
+    load: LoadShape
+    points: float = 0.0
+    """Of a ``serve`` check."""
+    transactions: int = 0
+    """How many a ``serve`` check asks for."""
+    metric: str = ""
+    """Of a ``reduction`` check: one of `METRICS`, per transaction."""
+    same_run: str = ""
+    """The check whose measurement serves this one, too."""
+    steps: tuple[Step, ...] = ()
+
+    @property
+    def max_points(self) -> float:
+        """The most this check can give."""
+        return self.steps[-1].points if self.kind == "reduction" else self.points
+
+    @property
+    def evidence(self) -> str:
+        """What the points rest on; see the README."""
+        return "wire" if self.kind == "serve" else "probe, confirmed by wire"
+
+
+@dataclass(frozen=True)
+class Lab:
+    """One lab folder."""
+
+    name: str
+    folder: Path
+    title: str
+    files: tuple[str, ...]
+    kernel_files: tuple[str, ...]
+    rubrics: Mapping[str, str]
+    checks: tuple[Check, ...]
+    active_check: str
+    active_share: float
+
+    @property
+    def max_score(self) -> float:
+        """The sum of all checks' points."""
+        return sum(check.max_points for check in self.checks)
+
+
+def known_labs() -> list[str]:
+    """Return the names of the labs in this tree."""
+    return sorted(path.parent.name for path in LABS.glob("*/lab.toml"))
+
+
+def load_lab(name: str, labs: Path = LABS) -> Lab:
+    """Read labs/<name>/lab.toml; raises `LabError` with what is wrong and where."""
+    folder = labs / name
+    try:
+        table = tomllib.loads((folder / "lab.toml").read_text())
+    except FileNotFoundError as error:
+        raise UserError(
+            f"there is no lab called {name}", f"choose one of: {', '.join(known_labs())}"
+        ) from error
+    except tomllib.TOMLDecodeError as error:
+        raise LabError(name, str(error)) from error
+    try:
+        return _lab(name, folder, table)
+    except (KeyError, TypeError) as error:
+        raise LabError(name, f"missing or unknown key: {error}") from error
+
+
+def _lab(name: str, folder: Path, table: Mapping[str, Any]) -> Lab:
+    rubrics = {entry["id"]: entry["title"] for entry in table["rubric"]}
+    checks: dict[str, Check] = {}
+    for entry in table["check"]:
+        check = _check(name, entry, table["server"], checks)
+        if check.id in checks:
+            raise LabError(name, f"two checks are called {check.id}")
+        if check.rubric not in rubrics:
+            raise LabError(name, f"check {check.id}: there is no rubric {check.rubric}")
+        checks[check.id] = check
+    if unused := set(rubrics) - {check.rubric for check in checks.values()}:
+        raise LabError(name, f"no check counts towards: {', '.join(sorted(unused))}")
+    active = table["active"]
+    if active["check"] not in checks or checks[active["check"]].kind != "reduction":
+        raise LabError(name, f"active.check: {active['check']} is no reduction check")
+    files, kernel_files = tuple(table["files"]), tuple(table["kernel"])
+    if not set(kernel_files) <= set(files):
+        raise LabError(name, "kernel lists a file that files does not")
+    return Lab(
+        name=name,
+        folder=folder,
+        title=table["title"],
+        files=files,
+        kernel_files=kernel_files,
+        rubrics=rubrics,
+        checks=tuple(checks.values()),
+        active_check=active["check"],
+        active_share=active["share"],
+    )
+
+
+def _check(lab: str, entry: Mapping[str, Any], server: str, earlier: Mapping[str, Check]) -> Check:
+    values = dict(entry)
+    where = f"check {values['id']}"
+    if source := values.get("same_run"):
+        if source not in earlier:
+            raise LabError(lab, f"{where}: same_run names no earlier check")
+        load, server = earlier[source].load, earlier[source].server
+    else:
+        load = LoadShape(**values.pop("load"))
+    values.setdefault("server", server)
+    steps = tuple(Step(**step) for step in values.pop("steps", ()))
+    if unknown := set(values) - {field.name for field in fields(Check)}:
+        raise LabError(lab, f"{where}: unknown keys {', '.join(sorted(unknown))}")
+    check = Check(**values, load=load, steps=steps)
+    if check.kind == "serve":
+        if check.points <= 0 or check.transactions <= 0 or steps or check.metric:
+            raise LabError(lab, f"{where}: a serve check has points and transactions, no steps")
+    elif check.kind == "reduction":
+        if check.metric not in METRICS:
+            raise LabError(lab, f"{where}: metric is none of {', '.join(METRICS)}")
+        if not steps or check.points:
+            raise LabError(lab, f"{where}: a reduction check has steps, and no other points")
+        increasing = all(
+            a.share < b.share and a.points < b.points for a, b in itertools.pairwise(steps)
+        )
+        if not increasing or not 0 < steps[0].share <= steps[-1].share < 1:
+            raise LabError(lab, f"{where}: steps must increase, between 0 and 1")
+    else:
+        raise LabError(lab, f"{where}: kind is neither serve nor reduction")
+    return check

@@ -1,0 +1,195 @@
+"""The probe: counts taken from outside the guest, by a QEMU TCG plugin.
+
+`probe.c` counts, per vCPU, user and kernel instructions and the entries of chosen kernel
+functions; this module builds it for the QEMU at hand, finds the functions' addresses in the
+kernel that was built, and reads the counters while the guest runs::
+
+    symbols = Symbols.of_kernel(vmlinux)
+    with Probe(ProbeConfig.standard(4, symbols), symbols) as probe:
+        ...start QEMU with probe.qemu_arguments()...
+        before = probe.read()
+        ...
+        cost = probe.read() - before
+
+Addresses hold only in a guest whose kernel runs where it was linked: boot with ``nokaslr``.
+What an instruction is depends on QEMU's version and the CPU model; see the head of `probe.c`.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from grader.probe.counted import EVENTS, REPORTERS, STANDARD, Counted, select
+from grader.probe.counters import STATE_ENDED, STATE_NEW, Counters, Header, Total, new_file, parse
+from grader.probe.errors import PluginUnavailable, ProbeError, UnknownSymbol
+from grader.probe.loading import arguments, plugin
+from grader.probe.symbols import Symbols
+
+__all__ = [
+    "EVENTS",
+    "REPORTERS",
+    "STANDARD",
+    "Counted",
+    "Counters",
+    "PluginUnavailable",
+    "Probe",
+    "ProbeConfig",
+    "ProbeError",
+    "Symbols",
+    "Total",
+    "UnknownSymbol",
+    "parse",
+    "plugin",
+    "select",
+]
+
+# As in probe.c.
+MAX_VCPUS = 64
+MAX_FUNCTIONS = 512
+MAX_ADDRESSES = 4096
+COUNTER_NAME = re.compile(r"[A-Za-z0-9_.-]{1,100}")
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """What to count: for up to `vcpus` vCPUs, each counter's function names (or patterns)."""
+
+    vcpus: int
+    functions: Mapping[str, Sequence[str]]
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.vcpus <= MAX_VCPUS:
+            raise ProbeError(
+                f"the probe cannot count for {self.vcpus} vCPUs", f"use 1 to {MAX_VCPUS}"
+            )
+        if len(self.functions) > MAX_FUNCTIONS:
+            raise ProbeError(f"{len(self.functions)} counters", f"use at most {MAX_FUNCTIONS}")
+        for name, symbols in self.functions.items():
+            if not COUNTER_NAME.fullmatch(name):
+                raise ProbeError(
+                    f"{name!r} cannot name a counter", "use letters, digits, _ . - only"
+                )
+            if isinstance(symbols, str) or not symbols:
+                raise ProbeError(f"counter {name} counts nothing", "give a list of function names")
+
+    @classmethod
+    def standard(cls, vcpus: int, symbols: Symbols) -> ProbeConfig:
+        """Count the `STANDARD` set, as far as this kernel has it."""
+        return cls(vcpus, select(STANDARD, symbols))
+
+
+class Probe:
+    """The counters of one QEMU process; a context manager.
+
+    Entering it makes a private folder (below `parent`, default: memory) with the files that the
+    plugin opens. They go away as soon as the plugin has mapped them, so that nothing is left
+    behind however the run ends; for the same reason a probe serves one QEMU only.
+    """
+
+    def __init__(
+        self,
+        config: ProbeConfig,
+        symbols: Symbols,
+        qemu: Path | None = None,
+        parent: Path | None = None,
+    ) -> None:
+        self.config = config
+        self._names = tuple(config.functions)
+        self._addresses = {name: symbols.resolve(config.functions[name]) for name in self._names}
+        if sum(map(len, self._addresses.values())) > MAX_ADDRESSES:
+            raise ProbeError(f"more than {MAX_ADDRESSES} addresses", "use narrower patterns")
+        self._qemu = qemu
+        self._parent = parent
+        self._folder: Path | None = None
+        self._plugin: Path | None = None
+        self._map: mmap.mmap | None = None
+
+    @property
+    def addresses(self) -> Mapping[str, tuple[int, ...]]:
+        """The addresses that each counter counts."""
+        return self._addresses
+
+    def __enter__(self) -> Self:
+        self._plugin = plugin(self._qemu)
+        self._folder = Path(tempfile.mkdtemp(prefix="megapipe-probe-", dir=self._place()))
+        try:
+            counters = self._folder / "counters"
+            counters.write_bytes(new_file(self.config.vcpus, len(self._names)))
+            with (self._folder / "functions").open("w") as lines:
+                for name, addresses in self._addresses.items():
+                    lines.writelines(f"{address:x} {name}\n" for address in addresses)
+            with counters.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except BaseException:
+            self._remove_folder()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._remove_folder()
+        if self._map is not None:
+            self._map.close()
+            self._map = None
+
+    def _place(self) -> Path | None:
+        # On a disk, the kernel would write the ever changing pages back again and again.
+        memory = Path("/dev/shm")
+        if self._parent is None and os.access(memory, os.W_OK | os.X_OK):
+            return memory
+        return self._parent
+
+    def _remove_folder(self) -> None:
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def _header(self) -> Header:
+        if self._map is None:
+            raise ProbeError("the probe is not open", "use it as a context manager")
+        header = Header.read(self._map)
+        if header.state != STATE_NEW:
+            self._remove_folder()
+        return header
+
+    def qemu_arguments(self) -> list[str]:
+        """Return the arguments with which QEMU, under ``-accel tcg``, loads this probe."""
+        if self._folder is None or self._plugin is None:
+            raise ProbeError(
+                "the probe is not open, or its QEMU runs already", "open a probe per QEMU"
+            )
+        folder = self._folder
+        return arguments(self._plugin, folder / "counters", folder / "functions")
+
+    @property
+    def counting(self) -> bool:
+        """Whether a QEMU has loaded the probe; from then on `read` works."""
+        return self._header().state != STATE_NEW
+
+    @property
+    def ended(self) -> bool:
+        """Whether that QEMU has exited in an orderly way (not so if it was killed)."""
+        return self._header().state == STATE_ENDED
+
+    def read(self) -> Counters:
+        """Return the counters now; they survive the end of QEMU until the probe is closed.
+
+        Each is read whole, but not all at one moment: take a reading that matters while the
+        guest is idle. Before the guest's kernel runs in its own half, everything counts as user.
+        """
+        self._header()
+        assert self._map is not None
+        return parse(self._map, self._names)

@@ -1,0 +1,155 @@
+"""The plugin's way into the QEMU at hand: compiled, tried out, cached."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from grader import cache
+from grader.probe.counters import STATE_NEW, Header, new_file
+from grader.probe.errors import PluginUnavailable
+
+QEMU = "qemu-system-x86_64"
+# The first QEMU that speaks each version of the plugin interface, newest first.
+API_VERSIONS = (((10, 1), 5), ((10, 0), 4), ((9, 1), 3), ((9, 0), 2), ((0, 0), 1))
+LOADING_SECONDS = 60.0
+FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-fPIC", "-shared", "-fvisibility=hidden")
+
+
+def plugin(qemu: Path | None = None) -> Path:
+    """Return the plugin built for this QEMU (default: the one on the PATH), from the cache.
+
+    Which version of the plugin interface a QEMU accepts is found by loading the plugin into it.
+    Raises `PluginUnavailable` with what to do.
+    """
+    path = shutil.which(qemu or QEMU)
+    if path is None:
+        raise PluginUnavailable(
+            f"{qemu or QEMU} not found", "install QEMU (Debian: qemu-system-x86)"
+        )
+    version = _qemu_version(path)
+    status = Path(path).stat()
+    here = Path(__file__).parent
+    key = cache.digest(
+        here / "probe.c",
+        here / "qemu_plugin_api.h",
+        Path(__file__),
+        str(Path(path).resolve()),
+        f"{status.st_size} {status.st_mtime_ns}",
+        version,
+    )
+
+    def make(folder: Path) -> None:
+        refusals = []
+        for api in candidates(version):
+            build(api, folder / "probe.so")
+            refusal = try_loading(path, folder)
+            if refusal is None:
+                return
+            refusals.append(refusal)
+            if not _about_version(refusal):
+                break
+        raise PluginUnavailable(*explain(version, refusals[0]))
+
+    return cache.entry("probe", key, make) / "probe.so"
+
+
+def _qemu_version(path: str) -> str:
+    try:
+        answer = subprocess.run(
+            [path, "--version"], capture_output=True, text=True, timeout=LOADING_SECONDS, check=True
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise PluginUnavailable(f"{path} --version fails: {error}", "install QEMU again") from error
+    return answer.stdout.partition("\n")[0]
+
+
+def candidates(version: str) -> list[int]:
+    """Return the interface versions to try, likeliest first, with a QEMU that says `version`."""
+    found = re.search(r"version (\d+)\.(\d+)", version)
+    release = (int(found[1]), int(found[2])) if found else API_VERSIONS[0][0]
+    expected = next(api for first, api in API_VERSIONS if release >= first)
+    return [expected, *(api for _, api in API_VERSIONS if api != expected)]
+
+
+def build(api: int, output: Path) -> None:
+    """Compile the plugin for one version of the interface."""
+    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
+    if compiler is None:
+        raise PluginUnavailable("no C compiler for the probe", "install gcc")
+    source = Path(__file__).parent / "probe.c"
+    run = subprocess.run(
+        [compiler, *FLAGS, f"-DPROBE_API_VERSION={api}", "-o", output, source],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if run.returncode:
+        raise PluginUnavailable(
+            f"{compiler} does not compile {source}:\n{run.stderr.strip()}",
+            "use gcc 10 or later, and put probe.c back as it was",
+        )
+
+
+def try_loading(qemu: str, folder: Path) -> str | None:
+    """Load ``folder/probe.so`` into a QEMU without a guest; return what QEMU says if it refuses."""
+    counters, functions = folder / "counters", folder / "functions"
+    counters.write_bytes(new_file(1, 1))
+    functions.write_text("ffffffff81000000 none\n")
+    # No machine, hence no guest: only that QEMU takes the plugin is of interest.
+    command = [qemu, "-M", "none", "-accel", "tcg", "-display", "none", "-nodefaults", "-S"]
+    command += ["-monitor", "stdio"]
+    command += arguments(folder / "probe.so", counters, functions)
+    try:
+        run = subprocess.run(
+            command,
+            input="quit\n",
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=LOADING_SECONDS,
+            check=False,
+        )
+        loaded = Header.read(counters.read_bytes()).state != STATE_NEW
+    except subprocess.TimeoutExpired:
+        return f"no answer within {LOADING_SECONDS:.0f} s"
+    except OSError as error:
+        return f"cannot be run: {error.strerror}"
+    finally:
+        counters.unlink()
+        functions.unlink()
+    if run.returncode == 0 and loaded:
+        return None
+    return run.stderr.strip() or f"exit status {run.returncode}, and not a word"
+
+
+def _about_version(refusal: str) -> bool:
+    return "API version" in refusal
+
+
+def explain(version: str, said: str) -> tuple[str, str]:
+    """Return why this QEMU, which `said` so, does not take the plugin, and what to do."""
+    if re.search(r"-plugin: invalid option|plugin interface not enabled", said):
+        reason = "was built without TCG plugins"
+        todo = (
+            "use your distribution's QEMU (Debian's and Ubuntu's qemu-system-x86 has them), or "
+            "build QEMU with ./configure --enable-plugins"
+        )
+    elif "invalid accelerator" in said:
+        reason, todo = "has no TCG", "install a QEMU that has (Debian: qemu-system-x86)"
+    elif _about_version(said):
+        reason = "speaks no version of the plugin interface that is known here"
+        todo = "use QEMU 7.2 to 10.2, or check grader/probe/qemu_plugin_api.h against this one"
+    else:
+        reason, todo = "does not load the probe", "see what QEMU said, or install QEMU again"
+    return f"{version} {reason}: {said}", todo
+
+
+def arguments(plugin_file: Path, counters: Path, functions: Path) -> list[str]:
+    """Return the arguments that make QEMU load the plugin with these two files."""
+    # A comma in an option's value is written twice.
+    quoted = [str(path).replace(",", ",,") for path in (plugin_file, counters, functions)]
+    return ["-plugin", "{},counters={},functions={}".format(*quoted)]

@@ -1,0 +1,113 @@
+"""Grade -> reports: a table for people, JSON for machines. Only this file knows the formats."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from grader.checks import CheckResult
+from grader.errors import UserError
+from grader.grade import Grade
+from grader.lab import Lab
+
+SCHEMA = Path(__file__).with_name("result.schema.json")
+VERSION = 1
+_COLOURS = {"pass": "green", "infra": "yellow"}
+
+
+def as_json(grade: Grade) -> dict[str, Any]:
+    """Return the grade as the schema describes it; raises ValidationError if it does not fit."""
+    document: dict[str, Any] = {"version": VERSION, **asdict(grade)}
+    document["checks"] = [asdict(result) for result in grade.checks]
+    document["ignored"] = list(grade.ignored)
+    # The schema speaks about JSON, where a tuple is an array.
+    document = json.loads(json.dumps(document))
+    jsonschema.validate(document, json.loads(SCHEMA.read_text()))
+    return document
+
+
+def check_writable(path: Path) -> None:
+    """Raise `UserError` if a result could not be written to `path` after minutes of work."""
+    folder = path.parent
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder} for {path.name}", f"mkdir -p {folder}")
+    if not os.access(folder, os.W_OK) or path.is_dir():
+        raise UserError(f"{path} cannot be written", "name another file with --json")
+
+
+def write_json(grade: Grade, path: Path) -> None:
+    """Write the result file: whole or not at all."""
+    text = json.dumps(as_json(grade), indent=2) + "\n"
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as file:
+            partial = Path(file.name)
+            try:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+                partial.chmod(0o644)
+                partial.replace(path)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror}",
+            "free space, or name another file with --json",
+        ) from error
+
+
+def table(grade: Grade, lab: Lab, console: Console) -> None:
+    """Print the grade for people."""
+    rows = Table(box=box.SIMPLE_HEAD, expand=False)
+    rows.add_column("check", max_width=58)
+    rows.add_column("verdict")
+    rows.add_column("points", justify="right")
+    rows.add_column("measured", justify="right")
+    rows.add_column("starter", justify="right")
+    rows.add_column("solution", justify="right")
+    for rubric, title in lab.rubrics.items():
+        mine = [result for result in grade.checks if result.rubric == rubric]
+        got, most = sum(r.points for r in mine), sum(r.max_points for r in mine)
+        rows.add_row(Text(title, "bold"), "", Text(f"{got:g}/{most:g}", "bold"), "", "", "")
+        for result in mine:
+            rows.add_row(
+                Text(f"  {result.title}"),
+                Text(result.verdict, _COLOURS.get(result.verdict, "red")),
+                f"{result.points:g}/{result.max_points:g}",
+                _count(result),
+                _compared(result, "starter"),
+                _compared(result, "solution"),
+            )
+    console.print(rows)
+    for result in grade.checks:
+        if result.next_step:
+            console.print(Text(f"{result.id} ({result.verdict}): {result.reason}", "bold"))
+            console.print(Text(f"  -> {result.next_step}"))
+    if grade.ignored:
+        console.print(Text(f"ignored in the submission: {', '.join(grade.ignored)}"))
+    if not grade.judged:
+        console.print(Text("Some checks could not be judged on this machine: this is not a score."))
+    else:
+        console.print(Text(f"score {grade.score:g} of {grade.max_score:g}", "bold"))
+
+
+def _count(result: CheckResult) -> str:
+    names = [name for name in result.measured if name in ("syscalls", "instructions", "wakeups")]
+    return f"{result.measured[names[0]]:,.2f}" if names else ""
+
+
+def _compared(result: CheckResult, name: str) -> str:
+    return f"{result.compared_with[name]:,.2f}" if name in result.compared_with else ""

@@ -1,0 +1,95 @@
+"""Verdicts and points from recorded numbers, without a machine."""
+
+import dataclasses
+
+import pytest
+
+from grader import checks
+from grader.lab import load_lab
+
+LAB = load_lab("1-batching")
+CHECK = next(check for check in LAB.checks if check.id == "crossings-long")
+SERVE = next(check for check in LAB.checks if check.kind == "serve")
+
+
+def test_the_labs_points_add_up_to_a_hundred() -> None:
+    assert LAB.max_score == 100
+
+
+def test_solution_gets_everything_and_starter_nothing() -> None:
+    starter, solution = [4.0, 4.1, 4.05], [0.10, 0.11, 0.10]
+    full = checks.reduction(CHECK, starter, solution, solution)
+    none = checks.reduction(CHECK, starter, solution, starter)
+    assert (full.verdict, full.points) == ("pass", CHECK.max_points)
+    assert (none.verdict, none.points) == ("fail", 0)
+    assert full.next_step == ""
+    assert CHECK.hint in none.next_step
+    assert full.compared_with["starter"] == pytest.approx(4.05)
+
+
+def test_the_way_between_gives_the_step_it_reaches() -> None:
+    starter, solution = [4.0, 4.0, 4.0], [0.0, 0.0, 0.0]
+    middle = checks.reduction(CHECK, starter, solution, [1.2, 1.21, 1.19])
+    assert middle.points == 12
+    assert middle.measured["share"] == pytest.approx(0.70)
+    assert middle.next_step.startswith("20 points from 90% on")
+
+
+def test_a_step_inside_the_interval_counts_as_reached_and_asks_for_more() -> None:
+    starter, solution = [4.0, 4.0, 4.0], [0.0, 0.0, 0.0]
+    samples = [1.55, 1.61, 1.68]
+    share = checks.interval(checks.shares(starter, solution, samples))
+    assert share.low < 0.6 <= share.high
+    assert checks.straddles(CHECK, share)
+    assert checks.reduction(CHECK, starter, solution, samples).points == 12
+
+
+def test_worse_than_the_starter_is_no_negative_score() -> None:
+    result = checks.reduction(CHECK, [4.0, 4.0], [0.1, 0.1], [9.0, 9.1])
+    assert result.points == 0
+    assert result.measured["share"] < 0
+
+
+def test_interval_is_students() -> None:
+    # Two samples: t(1 degree of freedom) = 12.71, standard error of 1 and 3 is 1.
+    assert checks.interval([1.0, 3.0]) == checks.Interval(2.0, 12.71)
+    with pytest.raises(ValueError):
+        checks.interval([1.0])
+
+
+def _results(share: float) -> list[checks.CheckResult]:
+    results = [
+        checks.served(check, 10)
+        if check.kind == "serve"
+        else checks.reduction(check, [4.0, 4.0], [0.0, 0.0], [4 - 4 * share] * 2)
+        for check in LAB.checks
+    ]
+    return checks.apply_activity(LAB, results)
+
+
+def test_correctness_counts_only_while_batching_is_active() -> None:
+    assert checks.score(_results(0.0)) == 0
+    assert checks.score(_results(1.0)) == 100
+    plain = next(result for result in _results(0.0) if result.id == SERVE.id)
+    assert (plain.verdict, plain.points) == ("pass", 0)
+    assert "not active" in plain.reason
+    assert "crossings-long" in plain.next_step
+
+
+def test_activity_takes_nothing_when_the_machine_was_at_fault() -> None:
+    results = [
+        checks.served(check, 10) if check.kind == "serve" else checks.failed(check, "infra", "x")
+        for check in LAB.checks
+    ]
+    assert checks.score(checks.apply_activity(LAB, results)) == sum(
+        check.points for check in LAB.checks if check.kind == "serve"
+    )
+
+
+@pytest.mark.parametrize("verdict", ["fail", "no-build", "panic", "hang", "infra"])
+def test_every_failure_has_a_reason_and_a_next_step(verdict: checks.Verdict) -> None:
+    result = checks.failed(SERVE, verdict, "because")
+    assert result.points == 0
+    assert result.reason == "because"
+    assert result.next_step
+    assert dataclasses.asdict(result)["verdict"] == verdict

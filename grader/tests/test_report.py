@@ -1,0 +1,93 @@
+"""The result file and the table."""
+
+import io
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+from rich.console import Console
+
+from grader import checks, report
+from grader.errors import UserError
+from grader.grade import Grade
+from grader.lab import load_lab
+
+LAB = load_lab("1-batching")
+
+
+def _grade(verdict: checks.Verdict = "fail") -> Grade:
+    results = [
+        checks.failed(check, verdict, "wrong byte at 17")
+        if check.kind == "serve"
+        else checks.reduction(check, [4.0, 4.1], [0.1, 0.11], [0.1, 0.11])
+        for check in LAB.checks
+    ]
+    return Grade(
+        lab=LAB.name,
+        variant="submission",
+        score=checks.score(results),
+        max_score=LAB.max_score,
+        checks=tuple(results),
+        environment={
+            "kernel": "6.12.1-megapipe",
+            "qemu": "7.2",
+            "cpu_model": "qemu64",
+            "accelerator": "tcg",
+            "vcpus": 4,
+            "seed": 1,
+            "host_load": {"before": 0.1, "after": 0.2},
+            "commit": "",
+        },
+        phases={"boot": 2.0},
+        ignored=("notes.txt",),
+    )
+
+
+def test_the_file_fits_its_schema_and_holds_what_was_measured(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    report.write_json(_grade(), path)
+    document = json.loads(path.read_text())
+    jsonschema.validate(document, json.loads(report.SCHEMA.read_text()))
+    row = next(check for check in document["checks"] if check["id"] == "crossings-long")
+    assert row["measured"]["syscalls"] == pytest.approx(0.105)
+    assert row["compared_with"] == {
+        "starter": pytest.approx(4.05),
+        "solution": row["measured"]["syscalls"],
+    }
+    assert [entry.name for entry in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_a_document_that_does_not_fit_is_refused() -> None:
+    broken = _grade()
+    object.__setattr__(broken, "score", "full")
+    with pytest.raises(jsonschema.ValidationError):
+        report.as_json(broken)
+
+
+def test_a_path_that_cannot_be_written_is_found_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no folder"):
+        report.check_writable(tmp_path / "missing" / "result.json")
+    with pytest.raises(UserError, match="cannot be written"):
+        report.check_writable(tmp_path)
+    report.check_writable(tmp_path / "result.json")
+
+
+def _text(grade: Grade) -> str:
+    console = Console(file=io.StringIO(), width=140)
+    report.table(grade, LAB, console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_the_table_says_score_reason_and_what_was_ignored() -> None:
+    text = _text(_grade())
+    assert "score 60 of 100" in text
+    assert "wrong byte at 17" in text
+    assert "notes.txt" in text
+
+
+def test_infra_is_not_reported_as_a_score() -> None:
+    text = _text(_grade("infra"))
+    assert "score" in text
+    assert "score 60" not in text

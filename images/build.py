@@ -1,0 +1,268 @@
+"""Build what runs inside the guest: its programs, and the initramfs that carries them.
+
+Both are entries of the cache, under a key of all that goes into them. Neither needs root.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from elftools.elf.elffile import ELFFile
+
+from grader import cache
+from grader.errors import UserError
+
+GUEST = Path(__file__).parent / "guest"
+
+MODULE_NAME = "megapipe.ko"
+
+# A file's time is part of the archive; any fixed one makes its bytes repeat.
+_EPOCH = 1_000_000_000
+
+
+class BuildError(UserError):
+    """The guest cannot be built, for a reason that has nothing to do with anybody's C."""
+
+
+class CompileError(Exception):
+    """A C file does not compile or link.
+
+    `what` names what was being built, `text` is the compiler's own output, with the paths that
+    the caller gave.
+    """
+
+    def __init__(self, what: str, text: str) -> None:
+        super().__init__(f"{what} does not compile:\n{text}")
+        self.what = what
+        self.text = text
+
+
+@dataclass(frozen=True)
+class Image:
+    """An initramfs: the file, and the key of its content."""
+
+    initramfs: Path
+    key: str
+
+
+def build_programs(library_sources: Sequence[Path], header_dir: Path) -> Path:
+    """Return a folder whose ``bin/`` holds the guest's programs, statically linked.
+
+    `library_sources` are the C files of libmegapipe that lie outside its own folder (a
+    student's). `header_dir` is where the kernel's interface, megapipe.h, lies.
+    Raises `CompileError` if a file does not compile, `BuildError` if a tool is missing.
+    """
+    for path in (*library_sources, header_dir):
+        if not path.exists():
+            raise BuildError(
+                f"{path} does not exist", "the guest's programs need it: check the path"
+            )
+    if len({source.name for source in library_sources}) < len(library_sources):
+        raise BuildError("two library sources have the same file name", "rename one")
+    parts: list[str | bytes | Path] = [_compiler()]
+    for path in _sources(GUEST):
+        parts += [str(path.relative_to(GUEST)), path]
+    for source in library_sources:
+        parts += [source.name, source]
+    for header in sorted(header_dir.glob("*.h")):
+        parts += [header.name, header]
+    return cache.entry(
+        "programs",
+        cache.digest(*parts),
+        functools.partial(_make_programs, tuple(library_sources), header_dir),
+    )
+
+
+def _sources(folder: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and (path.suffix in {".c", ".h"} or path.name == "Makefile")
+    )
+
+
+@functools.cache
+def _compiler() -> str:
+    """Return what identifies the compiler and the C library that it links statically."""
+    version = _tool(["gcc", "--version"]).stdout
+    libc = Path(_tool(["gcc", "-print-file-name=libc.a"]).stdout.strip())
+    if not libc.is_absolute():
+        raise BuildError("there is no static C library", "Debian: apt install libc6-dev")
+    return version + cache.digest(libc)
+
+
+def _make_programs(library_sources: Sequence[Path], header_dir: Path, folder: Path) -> None:
+    # Make cannot handle a path with a space in it: it sees only these names, which have none.
+    names: dict[str, Path] = {}
+    with _links(folder) as link:
+        link("guest", GUEST)
+        link("headers", header_dir.absolute())
+        names["guest/"] = GUEST
+        names["headers/"] = header_dir
+        for source in library_sources:
+            link(f"given/{source.name}", source.absolute())
+            names[f"given/{source.name}"] = source
+        jobs = len(os.sched_getaffinity(0))
+        done = _tool(
+            [
+                *("make", "--silent", "--no-print-directory", f"-j{jobs}", "--output-sync=target"),
+                *("-f", "guest/Makefile", "S=guest", "O=.", "HEADERS=headers"),
+                "LIBRARY=" + " ".join(f"given/{source.name}" for source in library_sources),
+            ],
+            cwd=folder,
+            check=False,
+        )
+        if done.returncode != 0:
+            text = done.stdout
+            for name, path in names.items():
+                shown = f"{path}/" if name.endswith("/") else str(path)
+                text = text.replace(name, shown)
+            raise CompileError("the guest's userland", text)
+
+
+@contextmanager
+def _links(folder: Path) -> Iterator[Callable[[str, Path], None]]:
+    made: list[Path] = []
+
+    def link(name: str, target: Path) -> None:
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.symlink_to(target)
+        made.append(path)
+
+    try:
+        yield link
+    finally:
+        for path in made:
+            path.unlink()
+
+
+def build_image(programs: Path, module: Path | None) -> Image:
+    """Return an initramfs with busybox, the init script, `programs`/bin/* and the module.
+
+    The archive is not compressed: QEMU hands it over in memory, and unpacking it would be the
+    guest's work, at the emulator's speed.
+    """
+    busybox = _busybox()
+    parts: list[str | bytes | Path] = [GUEST / "init", busybox, programs / "bin", _cpio()]
+    if module is not None:
+        parts.append(module)
+    key = cache.digest(*parts)
+    folder = cache.entry("image", key, functools.partial(_make_image, busybox, programs, module))
+    return Image(folder / "initramfs", key)
+
+
+_BUSYBOX = "Debian: apt install busybox-static"
+
+
+def _busybox() -> Path:
+    found = shutil.which("busybox")
+    if found is None:
+        raise BuildError("busybox is missing", _BUSYBOX)
+    path = Path(found)
+    if b"\x7fELF" not in path.read_bytes()[:4] or _needs_interpreter(path):
+        raise BuildError(
+            f"{path} is not statically linked, and the guest has no libraries", _BUSYBOX
+        )
+    return path
+
+
+def _needs_interpreter(path: Path) -> bool:
+    with path.open("rb") as file:
+        return any(segment["p_type"] == "PT_INTERP" for segment in ELFFile(file).iter_segments())
+
+
+@functools.cache
+def _cpio() -> str:
+    return _tool(["cpio", "--version"]).stdout
+
+
+def _make_image(busybox: Path, programs: Path, module: Path | None, folder: Path) -> None:
+    stage = folder / "stage"
+    for name in ("bin", "dev", "etc", "proc", "run", "sys", "tmp"):
+        (stage / name).mkdir(parents=True)
+    # Scripts of the guest look for their interpreter, and people for their tools, there too.
+    (stage / "sbin").symlink_to("bin")
+    (stage / "usr").symlink_to(".")
+    # Tools print names, not numbers, and some refuse to run for a user who has none.
+    _write(stage / "etc/passwd", "root::0:0:root:/tmp:/bin/sh\nlab::1000:1000:lab:/tmp:/bin/sh\n")
+    _write(stage / "etc/group", "root::0:\ntty::5:\nlab::1000:\n")
+
+    _copy(busybox, stage / "bin/busybox", 0o755)
+    for applet in _tool([str(busybox), "--list"]).stdout.split():
+        if applet != "busybox":
+            (stage / "bin" / applet).symlink_to("busybox")
+    for program in sorted((programs / "bin").iterdir()):
+        target = stage / "bin" / program.name
+        target.unlink(missing_ok=True)
+        _copy(program, target, 0o755)
+    _copy(GUEST / "init", stage / "init", 0o755)
+    if module is not None:
+        _copy(module, stage / MODULE_NAME, 0o644)
+
+    # The kernel brings /dev/console itself, and init mounts devtmpfs over it: no node is needed
+    # in the archive, and so no privilege to make one.
+    entries = sorted(path.relative_to(stage) for path in stage.rglob("*"))
+    for entry in entries:
+        path = stage / entry
+        if path.is_dir() and not path.is_symlink():
+            path.chmod(0o755)
+        os.utime(path, (_EPOCH, _EPOCH), follow_symlinks=False)
+    archive = folder / "initramfs"
+    with archive.open("wb") as output:
+        packed = subprocess.run(
+            [
+                *("cpio", "--quiet", "--create", "--null"),
+                *("--format=newc", "--reproducible", "--owner=+0:+0"),
+            ],
+            input=b"\0".join(os.fsencode(entry) for entry in entries) + b"\0",
+            stdout=output,
+            stderr=subprocess.PIPE,
+            cwd=stage,
+            check=False,
+        )
+    if packed.returncode != 0:
+        raise BuildError(
+            f"cpio failed: {packed.stderr.decode(errors='replace')}", "is the disk full?"
+        )
+    shutil.rmtree(stage)
+
+
+def _copy(source: Path, target: Path, mode: int) -> None:
+    shutil.copyfile(source, target)
+    target.chmod(mode)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(0o644)
+
+
+def _tool(
+    argv: Sequence[str], *, cwd: Path | None = None, check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Run a tool, both outputs as one text; its messages in English whoever runs it."""
+    try:
+        done = subprocess.run(
+            argv,
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env={**os.environ, "LC_ALL": "C"},
+            check=False,
+        )
+    except FileNotFoundError:
+        raise BuildError(f"{argv[0]} is missing", f"Debian: apt install {argv[0]}") from None
+    if check and done.returncode != 0:
+        raise BuildError(f"{' '.join(argv)} failed:\n{done.stdout}", "see what it says")
+    return done

@@ -1,0 +1,44 @@
+/*
+ * What the servers of the RPC-like test have in common: options, the listening
+ * socket, one pinned thread per CPU, and telling whoever started them that
+ * they are ready.
+ *
+ * The protocol is an echo: a client sends a message and gets the same bytes
+ * back. Servers do not know where messages end; they return what they read.
+ */
+#ifndef SERVER_H
+#define SERVER_H
+
+#include <stdbool.h>
+
+struct server_options {
+	int port;
+	int threads;
+	int buffer;		/* bytes per connection, read at a time */
+	bool batch;		/* mp-server only */
+	int threshold;
+	int accepts;
+	int requests;		/* ring sizes, 0: the library's */
+	int completions;
+};
+
+struct server_thread {
+	const struct server_options *options;
+	int index;		/* also the CPU */
+	int listener;		/* one for all threads */
+};
+
+/*
+ * Parse the command line, listen, start a thread per CPU with @run, and serve
+ * until killed. With --daemon the caller gets exit status 0 when every thread
+ * has called server_ready(), and the server goes on in the background.
+ */
+int server_main(int argc, char **argv, const char *about, void (*run)(struct server_thread *));
+
+/* This thread can take connections now. */
+void server_ready(void);
+
+/* Print "<what>: <reason>" and end the program with status 1. */
+void server_fail(const char *what, int error) __attribute__((noreturn));
+
+#endif

@@ -1,0 +1,138 @@
+/*
+ * libmegapipe: the MegaPipe interface (Han et al., OSDI 2012) for user space.
+ *
+ * A channel belongs to the thread that made it: crossings from another thread
+ * fail with -EPERM. A forked child has neither the channel's descriptor nor its
+ * memory: there, every call but mp_close() crashes. There is no locking. Unless said otherwise a call returns 0 or more, or a negative errno.
+ *
+ * The calls that name a handle are asynchronous: they put a request into the
+ * channel, and its outcome comes back later from mp_dispatch() as an event.
+ * Such a call itself fails only with
+ *   -EBADF	the handle is not registered (or is being unregistered)
+ *   -EPERM, -EBADMSG	see mp_flush()
+ *   -ENOMEM	no memory to set completions aside (see mp_options.requests)
+ * everything else (a closed descriptor, a bad buffer) is in the event.
+ */
+#ifndef MEGAPIPE_H
+#define MEGAPIPE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/uio.h>
+
+#include <megapipe_abi.h>
+
+struct mp_channel;
+
+struct mp_options {
+	/* Optimisations to switch on: MP_BATCH or 0. */
+	unsigned int flags;
+	/* Ring sizes, powers of two up to MP_MAX_ENTRIES; 0: 256 and 4096. */
+	unsigned int requests;
+	unsigned int completions;
+	/* With MP_BATCH: send requests down when so many have gathered; 0: 32. */
+	unsigned int threshold;
+};
+
+/*
+ * Make a channel for the calling thread. @options may be NULL (plain, default
+ * sizes). Returns NULL with errno set: EINVAL (sizes, flags), ENOENT (no
+ * module), ENOMEM, EMFILE.
+ */
+struct mp_channel *mp_create(const struct mp_options *options);
+
+/*
+ * End a channel: unregisters every handle, drops what is pending, and closes
+ * the descriptors of accept events that were never dispatched. Descriptors that
+ * were registered stay open. From another thread it frees the channel all the
+ * same; in a forked child, only what the child has of it; NULL is allowed.
+ */
+void mp_close(struct mp_channel *ch);
+
+/*
+ * Put descriptor @fd into the channel. Returns its handle. @cookie comes back
+ * with every event of the handle. For a listening socket, @mask (@mask_bytes
+ * long, as for sched_setaffinity()) names the CPUs whose connections it is to
+ * accept; NULL and 0: all. If the registration fails, that is the handle's
+ * first event: op MP_OP_REGISTER, result
+ *   -EBADF	@fd is not open
+ *   -EOPNOTSUPP	not a TCP socket
+ *   -EINVAL	a mask on a socket that does not listen, or an empty one
+ *   -EFAULT	the mask is not readable
+ *   -ENOMEM
+ * and the handle must still be given back with mp_unregister().
+ * -ENFILE: all MP_MAX_HANDLES are in use.
+ */
+int mp_register(struct mp_channel *ch, int fd, void *cookie, const void *mask, size_t mask_bytes);
+
+/*
+ * Take a handle out of the channel. What is pending on it is dropped: no event
+ * for it will be returned any more, and connections that it has accepted but not
+ * returned are closed. The descriptor stays open and usable.
+ */
+int mp_unregister(struct mp_channel *ch, int handle);
+
+/*
+ * Accept @count connections on a listening handle; an event for each. @result:
+ * the new descriptor (non-blocking, close-on-exec); @queued: connections that
+ * still wait; @more: this request will make further events. An event with a
+ * negative result ends the request: -EINVAL (not listening, @count is 0),
+ * -EBUSY (an accept is pending), -EMFILE, -ENFILE, -ENOMEM, -ECONNABORTED.
+ */
+int mp_accept(struct mp_channel *ch, int handle, unsigned int count);
+
+/*
+ * Read up to @size bytes. The buffer belongs to the kernel until the event.
+ * @result: bytes read, 0 at the end of the stream, or -EFAULT (not writable),
+ * -EINVAL (@size is 0), -EBUSY (a read is pending), -ECONNRESET, ...
+ */
+int mp_read(struct mp_channel *ch, int handle, void *buffer, size_t size);
+
+/*
+ * Write @size bytes. The buffer belongs to the kernel until the event, which
+ * comes when all bytes are in the send queue (@result == @size), or with what
+ * was moved (@result) and why it stopped (@error, a negative errno). If nothing
+ * was moved, @result is the errno: -EFAULT, -EBUSY (a write is pending),
+ * -EPIPE (no SIGPIPE is raised), -ECONNRESET, ...
+ */
+int mp_write(struct mp_channel *ch, int handle, const void *buffer, size_t size);
+
+/*
+ * The same from @count buffers, up to 1024. The array itself is read when the
+ * request goes down: keep it, too, until the event. More: -EINVAL.
+ */
+int mp_writev(struct mp_channel *ch, int handle, const struct iovec *buffers, unsigned int count);
+
+/*
+ * Shut the connection down in both directions. Neither frees nor unregisters
+ * the handle. @result: 0, or -ENOTCONN.
+ */
+int mp_disconnect(struct mp_channel *ch, int handle);
+
+struct mp_event {
+	void *cookie;		/* of the handle */
+	int handle;
+	enum mp_op op;		/* of the request that this is the outcome of */
+	int result;
+	int error;
+	unsigned int queued;
+	bool more;
+};
+
+/*
+ * Return one event, waiting for it if need be: @timeout_ms < 0 for ever, 0 not
+ * at all. Returns 1 with *@event filled, 0 when the time is over, -EINTR after
+ * a signal, or what mp_flush() may return.
+ */
+int mp_dispatch(struct mp_channel *ch, struct mp_event *event, int timeout_ms);
+
+/*
+ * Send all requests that have gathered down now. Returns 0, -EPERM (not the
+ * channel's thread), -EBADMSG (something has overwritten the rings' indices:
+ * the channel is lost, close it), or -EAGAIN: completions that have not been
+ * dispatched fill their ring, so some requests had to stay.
+ */
+int mp_flush(struct mp_channel *ch);
+
+#endif

@@ -1,0 +1,1 @@
+"""Build the lab's kernel and the MegaPipe module."""

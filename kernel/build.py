@@ -1,0 +1,333 @@
+"""Variant -> Kernel: the patched kernel, and megapipe.ko for it.
+
+The kernel is built once for each content of {source archive, patches, configuration, compiler}
+and kept in the user's cache; a variant of the student's files only builds the module.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from grader import cache
+from grader.errors import UserError
+from grader.progress import Progress
+
+HERE = Path(__file__).parent
+PATCHES = HERE / "patches"
+CONFIG = HERE / "config"
+MODULE = HERE / "megapipe"
+UAPI = MODULE / "uapi"
+DEBIAN_TARBALL = Path("/usr/src/linux-source-6.12.tar.xz")
+
+# What a build leaves that neither the module nor a debugger needs.
+_LEFTOVERS = ("*.o", "*.a", "*.cmd", ".tmp_vmlinux*", "vmlinux.unstripped")
+# Goes into the key: raise it when the steps below change what they make.
+_RECIPE = "1"
+# Lines that one build prints (6.12.117); only the progress line rests on it.
+_EXPECTED_STEPS = 2300
+
+
+class BuildError(UserError):
+    """The kernel itself does not build."""
+
+
+class ModuleError(UserError):
+    """The module does not compile: a student's mistake. `text` is the compiler's output."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(f"megapipe.ko does not compile\n{text}", "mend the first error above")
+        self.text = text
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel that can be booted and for which modules can be built."""
+
+    vmlinux: Path
+    system_map: Path
+    build: Path
+    """The output folder, as ``make -C build M=...`` wants it."""
+    source: Path
+    release: str
+    """As uname -r shows it, for example ``6.12.117-megapipe``."""
+    debug: bool
+    key: str
+
+
+@dataclass(frozen=True)
+class Module:
+    """megapipe.ko, built from one variant."""
+
+    ko: Path
+    key: str
+
+
+# --- inputs -----------------------------------------------------------------------------------
+
+
+def tarball() -> Path:
+    """Return the kernel's source archive: ``KERNEL_TARBALL``, or Debian's package."""
+    given = os.environ.get("KERNEL_TARBALL")
+    path = Path(given).expanduser() if given else DEBIAN_TARBALL
+    if not path.is_file():
+        raise BuildError(
+            f"there is no kernel source at {path}",
+            "install Debian's package linux-source-6.12, or set KERNEL_TARBALL to the path of "
+            "a linux-6.12.y.tar.xz",
+        )
+    return path
+
+
+def _archive_digest(path: Path) -> str:
+    """Return the SHA-256 of a large file, remembered for as long as the file does not change."""
+    stat = path.stat()
+    identity = [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+    memory = cache.root() / "archive-digest.json"
+    try:
+        known = json.loads(memory.read_text())
+        if known["identity"] == identity:
+            return str(known["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    partial = memory.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps({"identity": identity, "sha256": sha256}))
+    partial.replace(memory)
+    return sha256
+
+
+def read_config(lines: Iterable[str]) -> dict[str, str]:
+    """Parse a kernel configuration or fragment: option -> value, ``n`` for one not set."""
+    options = {}
+    for line in lines:
+        if match := re.fullmatch(r"(CONFIG_\w+)=(.*)", line.strip()):
+            options[match[1]] = match[2]
+        elif match := re.fullmatch(r"# (CONFIG_\w+) is not set", line.strip()):
+            options[match[1]] = "n"
+    return options
+
+
+def merged_config(debian: Mapping[str, str], *fragments: Mapping[str, str]) -> dict[str, str]:
+    """Return Debian's options without its modules, overlaid with the fragments in order."""
+    options = {name: value for name, value in debian.items() if value != "m"}
+    for fragment in fragments:
+        options.update(fragment)
+    return options
+
+
+def unmet_options(wanted: Mapping[str, str], got: Mapping[str, str]) -> list[str]:
+    """Return what a fragment asks for and the finished configuration does not have."""
+    return [
+        f"{name}={value} (is {got.get(name, 'n')})"
+        for name, value in wanted.items()
+        if got.get(name, "n") != value
+    ]
+
+
+def _config_text(options: Mapping[str, str]) -> str:
+    return "".join(
+        f"# {name} is not set\n" if value == "n" else f"{name}={value}\n"
+        for name, value in options.items()
+    )
+
+
+def _compiler() -> str:
+    try:
+        done = subprocess.run(["gcc", "--version"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise BuildError("gcc does not run", "see `invoke doctor`") from error
+    return done.stdout.splitlines()[0]
+
+
+# --- the kernel -------------------------------------------------------------------------------
+
+
+def build_kernel(debug: bool = False, progress: Progress | None = None) -> Kernel:
+    """Return the kernel, building it if this content has not been built yet.
+
+    A build that is interrupted goes on where it stopped. Errors: `BuildError`.
+    """
+    progress = progress or Progress(quiet=True)
+    archive = tarball()
+    fragments = [CONFIG / "lab.config"] + ([CONFIG / "debug.config"] if debug else [])
+    archive_digest = _archive_digest(archive)
+    source_key = cache.digest(_RECIPE, archive_digest, PATCHES)
+    key = cache.digest(source_key, CONFIG / "debian-cloud.config", *fragments, _compiler())
+    final = cache.root() / "kernel" / key
+    source = cache.root() / "source" / source_key / "linux"
+    if not (final.is_dir() and source.is_dir()):
+        waiting = "waiting: another run is building this kernel"
+        with cache.locked(f"kernel-{key}", lambda: progress.update(waiting)):
+            source = _unpack(source_key, archive, progress)
+            if not final.is_dir():
+                building = final.with_name(f".{key}.building")
+                _make_kernel(building, source, fragments, progress)
+                building.rename(final)
+    release = (final / "include/config/kernel.release").read_text().strip()
+    return Kernel(
+        vmlinux=final / "vmlinux",
+        system_map=final / "System.map",
+        build=final,
+        source=source,
+        release=release,
+        debug=debug,
+        key=key,
+    )
+
+
+def _unpack(key: str, archive: Path, progress: Progress) -> Path:
+    def make(folder: Path) -> None:
+        progress.update(f"unpacking {archive.name}")
+        try:
+            # tar(1): Python's xz is one thread and many times slower on 80,000 files.
+            _run(["tar", "-xf", str(archive), "-C", str(folder)])
+        except BuildError as error:
+            raise BuildError(
+                f"{archive} cannot be unpacked: {error.problem}",
+                "check the archive (and the space left in the cache: `invoke doctor`)",
+            ) from error
+        roots = list(folder.iterdir())
+        makefile = roots[0] / "Makefile" if len(roots) == 1 else folder
+        version = (
+            re.search(r"^VERSION = 6\nPATCHLEVEL = 12\nSUBLEVEL = \d+", makefile.read_text(), re.M)
+            if makefile.is_file()
+            else None
+        )
+        if version is None:
+            raise BuildError(
+                f"{archive} is not a Linux 6.12.y source archive",
+                "set KERNEL_TARBALL to a linux-6.12.y.tar.xz",
+            )
+        roots[0].rename(folder / "linux")
+        for patch in sorted(PATCHES.glob("*.patch")):
+            progress.update(f"applying {patch.name}")
+            _run(
+                ["patch", "-p1", "-s", "--no-backup-if-mismatch", "-i", str(patch)],
+                folder / "linux",
+            )
+
+    return cache.entry("source", key, make) / "linux"
+
+
+def _make_kernel(folder: Path, source: Path, fragments: list[Path], progress: Progress) -> None:
+    """Configure and build in `folder`, which may hold an interrupted build."""
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = [read_config(path.read_text().splitlines()) for path in fragments]
+    debian = read_config((CONFIG / "debian-cloud.config").read_text().splitlines())
+    text = _config_text(merged_config(debian, *wanted))
+    stamp = folder / ".wanted-config"
+    if not stamp.is_file() or stamp.read_text() != text:
+        progress.update("configuring")
+        (folder / ".config").write_text(text)
+        _run(["make", "-C", str(source), f"O={folder}", "olddefconfig"])
+        got = read_config((folder / ".config").read_text().splitlines())
+        unmet = unmet_options(merged_config({}, *wanted), got)
+        if unmet:
+            raise BuildError(
+                "this kernel does not take the lab's configuration: " + ", ".join(unmet),
+                "adapt kernel/config/ to it (or use Debian's linux-source-6.12)",
+            )
+        stamp.write_text(text)
+
+    log = folder / "build.log"
+    jobs = os.cpu_count() or 1
+    command = ["make", "-C", str(source), f"O={folder}", f"-j{jobs}", "vmlinux", "modules"]
+    environment = {
+        **os.environ,
+        # Nothing of who built it, where and when goes into the image.
+        "KBUILD_BUILD_USER": "lab",
+        "KBUILD_BUILD_HOST": "megapipe",
+        "KBUILD_BUILD_TIMESTAMP": "@0",
+    }
+    with log.open("w") as output:
+        make = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            assert make.stdout is not None
+            for count, line in enumerate(make.stdout):
+                output.write(line)
+                done = min(99, 100 * count // _EXPECTED_STEPS)
+                progress.update(f"compiling the kernel, once: {done} %  {line.strip()[:60]}")
+            status = make.wait()
+        finally:
+            _end_group(make)
+    if status:
+        tail = "".join(log.read_text().splitlines(keepends=True)[-30:])
+        raise BuildError(
+            f"the kernel does not build (make: {status})\n{tail}",
+            f"read the first error in {log}; disk full? wrong compiler? `invoke doctor` knows more",
+        )
+    for pattern in _LEFTOVERS:
+        for path in folder.rglob(pattern):
+            path.unlink()
+
+
+def _end_group(process: subprocess.Popen[str]) -> None:
+    """End make and its children when we are interrupted: none may go on writing."""
+    if process.poll() is None:
+        os.killpg(process.pid, 15)
+        process.wait()
+
+
+def _run(command: list[str], folder: Path | None = None) -> None:
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise BuildError(f"{command[0]} does not run: {error}", "see `invoke doctor`") from error
+    if done.returncode:
+        raise BuildError(
+            f"{' '.join(command[:4])} ... failed\n{(done.stdout + done.stderr)[-2000:]}",
+            "see `invoke doctor`",
+        )
+
+
+# --- the module -------------------------------------------------------------------------------
+
+
+def build_module(kernel: Kernel, files: Mapping[str, Path]) -> Module:
+    """Build megapipe.ko with these kernel files of the labs (name -> file).
+
+    Errors: `ModuleError` with the compiler's text if it does not compile.
+    """
+    sources = sorted(path for path in MODULE.rglob("*") if path.is_file())
+    key = cache.digest(
+        kernel.key,
+        MODULE,
+        *(part for name in sorted(files) for part in (name, files[name].read_bytes())),
+    )
+
+    def make(folder: Path) -> None:
+        for path in sources:
+            target = folder / path.relative_to(MODULE)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+        for name, path in files.items():
+            shutil.copyfile(path, folder / name)
+        done = subprocess.run(
+            ["make", "-s", "-C", str(kernel.build), f"M={folder}", f"-j{os.cpu_count() or 1}"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise ModuleError((done.stdout + done.stderr).replace(f"{folder}/", ""))
+        for path in folder.iterdir():
+            if path.suffix in {".o", ".cmd", ".mod"} or path.name.startswith("."):
+                path.unlink()
+
+    return Module(cache.entry("module", key, make) / "megapipe.ko", key)

@@ -1,0 +1,123 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * MegaPipe: the interface behind which batching happens.
+ *
+ * A crossing (ioctl MP_IOC_ENTER) calls ->drain() to take requests from the
+ * ring and ->complete() to turn handles that have become ready into
+ * completions. Between crossings, wake-up callbacks of sockets put handles on
+ * the channel's list of ready handles and call ->wake().
+ *
+ * Everything declared here is checked: indices and requests come from the
+ * kernel's own copies, whatever user space scribbles over the rings meanwhile.
+ */
+#ifndef MEGAPIPE_BATCH_H
+#define MEGAPIPE_BATCH_H
+
+#include <linux/list.h>
+#include <linux/types.h>
+
+#include "channel.h"
+
+struct mp_batch_ops {
+	/*
+	 * Owner, may sleep. Take requests from the ring and execute them.
+	 * Returns how many were taken.
+	 */
+	u32 (*drain)(struct mp_channel *ch);
+
+	/*
+	 * Owner, may sleep. Run ready handles and make their completions
+	 * visible. Returns how many completions the user can now take out,
+	 * those of earlier crossings included.
+	 */
+	u32 (*complete)(struct mp_channel *ch);
+
+	/*
+	 * Owner, about to sleep: its state is TASK_INTERRUPTIBLE already. May
+	 * it? Returns false if there is something to do. From the moment this
+	 * returns true, ->wake() must wake the owner.
+	 */
+	bool (*idle)(struct mp_channel *ch);
+
+	/* Owner, awake again, whatever the reason. */
+	void (*awake)(struct mp_channel *ch);
+
+	/*
+	 * Any CPU, any context, interrupts off: a handle has just been put on
+	 * the list of ready handles.
+	 */
+	void (*wake)(struct mp_channel *ch);
+};
+
+extern const struct mp_batch_ops mp_plain_ops;		/* batch_plain.c */
+extern const struct mp_batch_ops mp_batched_ops;	/* the lab's mp_batch.c */
+
+/* --- requests: for ->drain() ------------------------------------------------ */
+
+/* How many requests wait in the ring. */
+u32 mp_sq_waiting(const struct mp_channel *ch);
+
+/* Copy the request @ahead places behind the next one; @ahead < mp_sq_waiting(). */
+void mp_sq_read(const struct mp_channel *ch, u32 ahead, struct mp_request *req);
+
+/*
+ * Take the next @count requests out of the ring: their slots belong to the
+ * user again. This writes a cache line that the user reads.
+ */
+void mp_sq_advance(struct mp_channel *ch, u32 count);
+
+/*
+ * Execute a request: try it at once, and if it would block, leave it pending
+ * on its handle. Needs mp_cq_room() > 0, because a request may complete (or
+ * fail) at once, with at most one completion; an accept of many makes as many
+ * as there is room for and goes on later.
+ */
+void mp_execute(struct mp_channel *ch, const struct mp_request *req);
+
+/* --- completions: for ->complete() ------------------------------------------ */
+
+/* How many more completions fit into the ring. */
+u32 mp_cq_room(const struct mp_channel *ch);
+
+/* How many completions the user has not taken out yet, visible or not. */
+u32 mp_cq_filled(const struct mp_channel *ch);
+
+/*
+ * Make every completion written so far visible to the user. This writes a
+ * cache line that the user reads.
+ */
+void mp_cq_publish(struct mp_channel *ch);
+
+/* --- ready handles ---------------------------------------------------------- */
+
+/* How many handles are on the list. Takes no lock: more may come any time. */
+u32 mp_ready_count(const struct mp_channel *ch);
+
+/* Take the handle that has been ready longest off the list, or NULL. Locks. */
+struct mp_handle *mp_ready_pop(struct mp_channel *ch);
+
+/*
+ * Move the whole list of ready handles to @batch, in order; they are linked
+ * through mp_handle.link. Locks once. Returns how many there are.
+ */
+u32 mp_ready_take(struct mp_channel *ch, struct list_head *batch);
+
+/*
+ * Put what is left of @batch, @count handles, back, in front of what has come
+ * meanwhile. Locks once.
+ */
+void mp_ready_return(struct mp_channel *ch, struct list_head *batch, u32 count);
+
+/*
+ * Take the handle out of the batch that it is in, if any, go on with what is
+ * pending on it, and write the completions. Needs mp_cq_room() > 0. What finds no room, or still
+ * cannot be done, stays pending, and the handle becomes ready again by itself.
+ */
+void mp_run(struct mp_handle *h);
+
+/* --- waking ----------------------------------------------------------------- */
+
+/* Wake the thread that owns the channel. Costs a lock and perhaps an IPI. */
+void mp_wake_owner(struct mp_channel *ch);
+
+#endif

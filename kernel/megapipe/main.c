@@ -1,0 +1,277 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * MegaPipe: the device, channels and the crossing.
+ */
+#include <linux/anon_inodes.h>
+#include <linux/cred.h>
+#include <linux/file.h>
+#include <linux/hrtimer.h>
+#include <linux/miscdevice.h>
+#include <linux/module.h>
+#include <linux/nospec.h>
+#include <linux/sched/mm.h>
+#include <linux/sched/signal.h>
+#include <linux/slab.h>
+#include <linux/uaccess.h>
+
+#include "batch.h"
+
+/* --- executing a request ------------------------------------------------------ */
+
+static int mp_unregister(struct mp_handle *h, const struct mp_request *req)
+{
+	struct mp_completion c = {
+		.op = MP_OP_UNREGISTER,
+		.handle = h->number,
+		.cookie = h->cookie,
+	};
+	struct mp_channel *ch = h->channel;
+
+	mp_handle_remove(h);
+	mp_post(ch, &c);
+	return 0;
+}
+
+/*
+ * One row per operation. @run returns 0 if the operation has completed or is
+ * pending, or the negative errno with which it completes.
+ */
+struct mp_operation {
+	int (*run)(struct mp_handle *h, const struct mp_request *req);
+	bool takes_addr;
+	bool takes_len;
+};
+
+static const struct mp_operation mp_operations[MP_NR_OPS] = {
+	[MP_OP_UNREGISTER]	= { mp_unregister },
+	[MP_OP_ACCEPT]		= { mp_socket_accept, .takes_len = true },
+	[MP_OP_READ]		= { mp_socket_read, .takes_addr = true, .takes_len = true },
+	[MP_OP_WRITE]		= { mp_socket_write, .takes_addr = true, .takes_len = true },
+	[MP_OP_WRITEV]		= { mp_socket_write, .takes_addr = true, .takes_len = true },
+	[MP_OP_DISCONNECT]	= { mp_socket_disconnect },
+};
+
+static int mp_try_execute(struct mp_channel *ch, const struct mp_request *req)
+{
+	const struct mp_operation *operation;
+	struct mp_handle *h;
+
+	if (req->op >= MP_NR_OPS || req->flags || req->reserved)
+		return -EINVAL;
+	if (req->op == MP_OP_REGISTER)
+		return mp_socket_register(ch, req);
+
+	operation = &mp_operations[array_index_nospec(req->op, MP_NR_OPS)];
+	if (req->cookie || req->fd || (req->addr && !operation->takes_addr) ||
+	    (req->len && !operation->takes_len))
+		return -EINVAL;
+	h = xa_load(&ch->handles, req->handle);
+	if (!h)
+		return -ENOENT;
+	return operation->run(h, req);
+}
+
+void mp_execute(struct mp_channel *ch, const struct mp_request *req)
+{
+	int ret = mp_try_execute(ch, req);
+
+	if (ret < 0) {
+		struct mp_handle *h = xa_load(&ch->handles, req->handle);
+		struct mp_completion c = {
+			.op = req->op,
+			.handle = req->handle,
+			.result = ret,
+			.cookie = h && req->op != MP_OP_REGISTER ? h->cookie : req->cookie,
+		};
+
+		mp_post(ch, &c);
+	}
+}
+
+/* --- crossing ----------------------------------------------------------------- */
+
+void mp_wake_owner(struct mp_channel *ch)
+{
+	wake_up_process(ch->owner);
+}
+
+/* Returns 0 when there is a completion or the time is over, or -EINTR. */
+static int mp_wait(struct mp_channel *ch)
+{
+	s64 timeout = READ_ONCE(ch->shared->timeout_ns);
+	ktime_t deadline = KTIME_MAX;
+	bool expired = !timeout;
+
+	if (timeout > 0)
+		deadline = ktime_add_safe(ktime_get(), ns_to_ktime(timeout));
+
+	while (!ch->batch->complete(ch) && !expired) {
+		if (signal_pending(current))
+			return -EINTR;
+		/* A full barrier, paired with that of the wake-up: see ->idle(). */
+		set_current_state(TASK_INTERRUPTIBLE);
+		if (ch->batch->idle(ch))
+			expired = !schedule_hrtimeout_range(timeout < 0 ? NULL : &deadline,
+							    current->timer_slack_ns,
+							    HRTIMER_MODE_ABS);
+		else if (timeout > 0)	/* what is ready may lead to no completion */
+			expired = ktime_after(ktime_get(), deadline);
+		__set_current_state(TASK_RUNNING);
+		ch->batch->awake(ch);
+		cond_resched();
+	}
+	return 0;
+}
+
+static long mp_channel_ioctl(struct file *file, unsigned int cmd, unsigned long flags)
+{
+	struct mp_channel *ch = file->private_data;
+	u32 taken = 0;
+	int ret;
+
+	if (cmd != MP_IOC_ENTER)
+		return -ENOTTY;
+	if (current != ch->owner || current->mm != ch->mm)
+		return -EPERM;
+	if (flags & ~(unsigned long)(MP_ENTER_SUBMIT | MP_ENTER_WAIT))
+		return -EINVAL;
+	ret = mp_ring_check(ch);
+	if (ret)
+		return ret;
+	if (flags & MP_ENTER_SUBMIT)
+		taken = ch->batch->drain(ch);
+	if (flags & MP_ENTER_WAIT)
+		ret = mp_wait(ch);
+	/* What has been taken is taken, and the ring's sq_head tells. */
+	return ret ? ret : taken;
+}
+
+/* --- making and ending channels ----------------------------------------------- */
+
+static void mp_channel_free(struct mp_channel *ch)
+{
+	mp_handle_remove_all(ch);
+	mp_ring_destroy(ch);
+	put_task_struct(ch->owner);
+	mmdrop(ch->mm);
+	kfree(ch);
+}
+
+static int mp_channel_release(struct inode *inode, struct file *file)
+{
+	mp_channel_free(file->private_data);
+	return 0;
+}
+
+static int mp_channel_mmap(struct file *file, struct vm_area_struct *vma)
+{
+	struct mp_channel *ch = file->private_data;
+
+	if (current->mm != ch->mm)
+		return -EPERM;
+	return mp_ring_mmap(ch, vma);
+}
+
+static const struct file_operations mp_channel_fops = {
+	.owner		= THIS_MODULE,
+	.release	= mp_channel_release,
+	.mmap		= mp_channel_mmap,
+	.unlocked_ioctl	= mp_channel_ioctl,
+	.llseek		= noop_llseek,
+	.fop_flags	= FOP_DONTFORK,
+};
+
+static struct mp_channel *mp_channel_alloc(struct mp_create *args)
+{
+	struct mp_channel *ch;
+	int ret;
+
+	if (args->flags & ~MP_BATCH || args->reserved)
+		return ERR_PTR(-EINVAL);
+	ch = kzalloc(sizeof(*ch), GFP_KERNEL_ACCOUNT);
+	if (!ch)
+		return ERR_PTR(-ENOMEM);
+	spin_lock_init(&ch->lock);
+	INIT_LIST_HEAD(&ch->ready);
+	xa_init_flags(&ch->handles, XA_FLAGS_ACCOUNT);
+	ch->batch = args->flags & MP_BATCH ? &mp_batched_ops : &mp_plain_ops;
+	ch->owner = get_task_struct(current);
+	ch->mm = current->mm;
+	mmgrab(ch->mm);
+
+	ret = mp_ring_create(ch, args);
+	if (ret) {
+		mp_channel_free(ch);
+		return ERR_PTR(ret);
+	}
+	return ch;
+}
+
+static long mp_device_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
+{
+	struct mp_create __user *user = (void __user *)arg;
+	struct mp_channel *ch;
+	struct mp_create args;
+	struct file *channel;
+	int fd;
+
+	if (cmd != MP_IOC_CREATE)
+		return -ENOTTY;
+	if (copy_from_user(&args, user, sizeof(args)))
+		return -EFAULT;
+	ch = mp_channel_alloc(&args);
+	if (IS_ERR(ch))
+		return PTR_ERR(ch);
+	channel = anon_inode_getfile("[megapipe]", &mp_channel_fops, ch, O_RDWR);
+	if (IS_ERR(channel)) {
+		mp_channel_free(ch);
+		return PTR_ERR(channel);
+	}
+	if (copy_to_user(user, &args, sizeof(args))) {
+		fput(channel);
+		return -EFAULT;
+	}
+	fd = get_unused_fd_flags(O_CLOEXEC);
+	if (fd < 0)
+		fput(channel);
+	else
+		fd_install(fd, channel);
+	return fd;
+}
+
+static const struct file_operations mp_device_fops = {
+	.owner		= THIS_MODULE,
+	.unlocked_ioctl	= mp_device_ioctl,
+	.llseek		= noop_llseek,
+};
+
+static struct miscdevice mp_device = {
+	.minor	= MISC_DYNAMIC_MINOR,
+	.name	= "megapipe",
+	.fops	= &mp_device_fops,
+	.mode	= 0666,
+};
+
+static int __init mp_init(void)
+{
+	int ret = mp_handle_init();
+
+	if (ret)
+		return ret;
+	ret = misc_register(&mp_device);
+	if (ret)
+		mp_handle_exit();
+	return ret;
+}
+
+static void __exit mp_exit(void)
+{
+	misc_deregister(&mp_device);
+	mp_handle_exit();
+}
+
+module_init(mp_init);
+module_exit(mp_exit);
+MODULE_DESCRIPTION("MegaPipe: batched, per-core network I/O (Han et al., OSDI 2012)");
+MODULE_AUTHOR("The MegaPipe lab");
+MODULE_LICENSE("GPL");

@@ -1,0 +1,114 @@
+"""The kernel's configuration and patches, without building it."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from kernel import build
+
+DEBIAN = build.read_config((build.CONFIG / "debian-cloud.config").read_text().splitlines())
+LAB = build.read_config((build.CONFIG / "lab.config").read_text().splitlines())
+
+
+def test_read_config_knows_values_strings_and_options_not_set() -> None:
+    text = [
+        "CONFIG_A=y",
+        "# CONFIG_B is not set",
+        'CONFIG_C="x y"',
+        "# a comment",
+        "",
+        "CONFIG_D=12",
+    ]
+    assert build.read_config(text) == {
+        "CONFIG_A": "y",
+        "CONFIG_B": "n",
+        "CONFIG_C": '"x y"',
+        "CONFIG_D": "12",
+    }
+
+
+def test_merging_leaves_modules_out_and_lets_the_later_win() -> None:
+    merged = build.merged_config(
+        {"CONFIG_A": "y", "CONFIG_M": "m", "CONFIG_N": "m"},
+        {"CONFIG_N": "y"},
+        {"CONFIG_A": "n"},
+    )
+    assert merged == {"CONFIG_A": "n", "CONFIG_N": "y"}
+
+
+def test_an_option_that_did_not_hold_is_named() -> None:
+    wanted = {"CONFIG_A": "y", "CONFIG_B": "n", "CONFIG_C": "n"}
+    assert build.unmet_options(wanted, {"CONFIG_B": "y"}) == [
+        "CONFIG_A=y (is n)",
+        "CONFIG_B=n (is y)",
+    ]
+
+
+# What a request passes through, by subsystem. None of it may differ from Debian's kernel.
+MEASURED_PATH = """
+SMP PREEMPT_DYNAMIC PREEMPT_VOLUNTARY HZ NO_HZ_FULL VIRT_CPU_ACCOUNTING_GEN JUMP_LABEL
+FAIR_GROUP_SCHED SCHED_AUTOGROUP CFS_BANDWIDTH NUMA NUMA_BALANCING SCHED_MC SCHED_SMT SLUB
+SLAB_FREELIST_RANDOM SLAB_FREELIST_HARDENED SLUB_CPU_PARTIAL SLAB_MERGE_DEFAULT
+INIT_ON_ALLOC_DEFAULT_ON INIT_STACK_ALL_ZERO MEMCG CGROUPS CGROUP_BPF SOCK_CGROUP_DATA SECURITY
+SECURITY_NETWORK SECURITY_APPARMOR SECURITY_TOMOYO SECURITY_YAMA SECURITY_LANDLOCK BPF_LSM IMA
+EVM AUDIT AUDITSYSCALL SECCOMP SECCOMP_FILTER HARDENED_USERCOPY FORTIFY_SOURCE
+STACKPROTECTOR_STRONG VMAP_STACK RANDOMIZE_KSTACK_OFFSET_DEFAULT X86_KERNEL_IBT CPU_MITIGATIONS
+MITIGATION_RETPOLINE MITIGATION_RETHUNK MITIGATION_UNRET_ENTRY MITIGATION_SPECTRE_V1
+MITIGATION_CALL_DEPTH_TRACKING CALL_THUNKS NET INET IPV6 MPTCP NETFILTER NETFILTER_INGRESS
+NETFILTER_EGRESS NET_CLS_ACT XFRM TCP_MD5SIG TCP_CONG_CUBIC DEFAULT_NET_SCH NET_SCH_FQ_CODEL
+RPS XPS BQL RFS_ACCEL NET_RX_BUSY_POLL NET_FLOW_LIMIT PAGE_POOL SKB_EXTENSIONS SKB_DECRYPTED
+SOCK_VALIDATE_XMIT XFRM_OFFLOAD NET_REDIRECT IP_ROUTE_CLASSID EPOLL EVENTFD IO_URING
+FUNCTION_TRACER LIST_HARDENED BUG_ON_DATA_CORRUPTION IA32_EMULATION SYN_COOKIES
+IP_MULTIPLE_TABLES
+""".split()
+
+
+def test_debian_has_each_option_of_the_measured_path() -> None:
+    missing = [name for name in MEASURED_PATH if DEBIAN.get(f"CONFIG_{name}", "n") == "n"]
+    assert missing == []
+
+
+@pytest.mark.parametrize("name", MEASURED_PATH)
+def test_the_fragment_leaves_the_measured_path_alone(name: str) -> None:
+    option = f"CONFIG_{name}"
+    assert LAB.get(option, DEBIAN[option]) == DEBIAN[option]
+
+
+def test_the_kernel_that_was_built_has_the_measured_path(kernel: build.Kernel) -> None:
+    built = build.read_config((kernel.build / ".config").read_text().splitlines())
+    different = {
+        name: built.get(f"CONFIG_{name}", "n")
+        for name in MEASURED_PATH
+        if built.get(f"CONFIG_{name}", "n") != DEBIAN[f"CONFIG_{name}"]
+    }
+    assert different == {}
+
+
+@pytest.mark.parametrize("path", sorted(build.PATCHES.glob("*.patch")), ids=lambda path: path.name)
+def test_each_patch_is_a_git_patch_that_says_why_a_module_cannot(path: Path) -> None:
+    text = path.read_text()
+    assert re.match(r"From [0-9a-f]{40} ", text)
+    assert re.search(r"^Subject: \[PATCH \d/\d\] \w+: ", text, re.M)
+    assert re.search(r"\bmodule", text.split("\n---\n")[0])
+    assert "Signed-off-by:" in text
+
+
+def test_a_missing_archive_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KERNEL_TARBALL", str(tmp_path / "none.tar.xz"))
+    with pytest.raises(build.BuildError) as caught:
+        build.tarball()
+    assert "linux-source-6.12" in caught.value.todo
+
+
+def test_an_archive_that_is_no_kernel_is_refused_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = tmp_path / "linux.tar.xz"
+    archive.write_bytes(b"this is not an archive")
+    monkeypatch.setenv("KERNEL_TARBALL", str(archive))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(build.BuildError, match="cannot be unpacked"):
+        build.build_kernel()
+    left = list((tmp_path / "cache" / "megapipe-lab" / "source").rglob("*"))
+    assert left == []

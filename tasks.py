@@ -1,0 +1,230 @@
+"""The project's verbs.
+
+``python3 tasks.py VERB`` works on a bare machine: it makes ``.venv``, installs what is missing
+and carries on. After that ``.venv/bin/invoke VERB`` does the same without looking.
+"""
+
+# Only the verb that runs pays for its imports, and a broken part leaves the others usable.
+# ruff: noqa: PLC0415
+
+import sys
+
+if __name__ == "__main__":
+    # Old versions get this far only because this file has no newer syntax, and no __future__.
+    if sys.version_info < (3, 11):  # noqa: UP036
+        sys.exit(
+            "error: this is Python {}.{}; the project needs 3.11 or newer\n"
+            "what to do: run it as   python3.11 tasks.py   (or a newer one; Debian 12 and 13 "
+            "have it as python3)".format(*sys.version_info)
+        )
+    from grader import setup
+
+    sys.exit(setup.main(sys.argv[1:]))
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from invoke.context import Context
+from invoke.exceptions import Exit
+from invoke.tasks import Task, task
+
+from grader import setup
+from grader.errors import UsageError, UserError
+
+LAB = "1-batching"
+# Exit status of grade when this machine, not the submission, kept checks from being judged.
+NO_GRADE = 3
+
+setup.add_system_folders()
+if not setup.is_current(setup.ROOT):
+    setup.say("note: .venv is out of date; run   python3 tasks.py VERB   once")
+
+
+def verb(**options: Any) -> Callable[[Callable[..., int | None]], Task[Any]]:
+    """Make a function a task: its result is the exit status, a `UserError` no traceback."""
+
+    def wrap(function: Callable[..., int | None]) -> Task[Any]:
+        @functools.wraps(function)
+        def run(*arguments: Any, **named: Any) -> None:
+            try:
+                status = function(*arguments, **named)
+            except UserError as error:
+                raise Exit(error.report(), code=error.status) from None
+            except KeyboardInterrupt:
+                raise Exit("\ninterrupted", code=130) from None
+            if status:
+                raise Exit(code=status)
+
+        made: Task[Any] = task(auto_shortflags=False, **options)(run)
+        return made
+
+    return wrap
+
+
+@verb()
+def doctor(_: Context) -> int:
+    """Say what is present, missing or broken here."""
+    from grader import doctor as module
+
+    return module.run()
+
+
+@verb(
+    help={
+        "debug": "the kernel with KASAN, lockdep and the other checkers",
+        "module-only": "not the guest's programs",
+        "lab": "whose files to build them with",
+    }
+)
+def build(_: Context, debug: bool = False, module_only: bool = False, lab: str = LAB) -> None:
+    """Build kernel, module and guest programs."""
+    from grader import interactive, station
+    from grader.lab import load_lab
+    from grader.progress import Progress
+    from kernel.build import build_kernel, build_module
+
+    chosen = load_lab(lab)
+    variant = interactive.choose_variant(chosen, "solution")
+    progress = Progress()
+    with progress.phase("build"):
+        kernel = build_kernel(debug, progress)
+        progress.say(str(kernel.vmlinux))
+        if module_only:
+            module = build_module(kernel, {n: variant.files[n] for n in chosen.kernel_files})
+            progress.say(str(module.ko))
+        else:
+            built = station.build(chosen, variant, kernel)
+            progress.say(f"{built.module.ko}\n{built.image.initramfs}")
+
+
+@verb(
+    help={
+        "smp": "number of virtual CPUs",
+        "variant": "whose lab files: starter or solution",
+        "gdb": "wait for gdb before the first instruction",
+        "debug": "the kernel with the checkers",
+        "kvm": "use KVM (faster; never used for a grade)",
+        "lab": "which lab",
+    }
+)
+def boot(
+    _: Context,
+    smp: int = 4,
+    variant: str = "solution",
+    gdb: bool = False,
+    debug: bool = False,
+    kvm: bool = False,
+    lab: str = LAB,
+) -> None:
+    """Boot the machine with its console here."""
+    from grader import interactive
+    from grader.lab import load_lab
+
+    interactive.boot(load_lab(lab), variant, smp=smp, gdb=gdb, debug=debug, kvm=kvm)
+
+
+@verb(
+    help={
+        "port": "5000: MegaPipe, 5001: epoll",
+        "connections": "how many at once",
+        "per-connection": "transactions before a connection closes (0: it stays open)",
+        "size": "bytes in a message",
+        "transactions": "how many in all",
+    }
+)
+def load(
+    _: Context,
+    port: int = 5000,
+    connections: int = 64,
+    per_connection: int = 1,
+    size: int = 64,
+    transactions: int = 10_000,
+) -> int:
+    """Send traffic to the machine that boot runs."""
+    from grader import interactive
+    from grader.load import LoadSpec
+    from grader.network import GUEST_ADDRESS
+
+    spec = LoadSpec(
+        GUEST_ADDRESS,
+        port,
+        connections=connections,
+        transactions_per_connection=per_connection,
+        size=size,
+    )
+    return interactive.load(spec, transactions)
+
+
+@verb(
+    help={
+        "submission": "folder, .zip or .tar.gz with the lab's files (default: the lab's own)",
+        "variant": "grade the starter or the solution instead",
+        "json": "write the result here as well",
+        "lab": "which lab",
+    }
+)
+def grade(
+    _: Context, submission: str = "", variant: str = "", json: str = "", lab: str = LAB
+) -> int:
+    """Grade; status 0 means graded, whatever the score."""
+    from rich.console import Console
+
+    from grader import grade as grading
+    from grader import interactive, report
+    from grader import variant as variants
+    from grader.lab import load_lab
+    from grader.progress import Progress
+
+    if submission and variant:
+        raise UsageError("--submission and --variant exclude each other", "leave one of them out")
+    chosen = load_lab(lab)
+    if json:
+        report.check_writable(Path(json))
+    if submission:
+        what = variants.submission(chosen.folder, Path(submission))
+    else:
+        what = interactive.choose_variant(chosen, variant or "solution")
+    progress = Progress()
+    graded = grading.grade(chosen, what, progress=progress)
+    if json:
+        report.write_json(graded, Path(json))
+    report.table(graded, chosen, Console())
+    progress.say(f"time: {progress.summary()}")
+    return 0 if graded.judged else NO_GRADE
+
+
+@verb(
+    help={
+        "k": "only the tests whose names match this expression",
+        "fast": "leave out the tests that boot a machine",
+    }
+)
+def test(_: Context, k: str = "", fast: bool = False) -> int:
+    """Check the project itself: ruff, mypy, tests."""
+    from grader import selftest
+
+    return selftest.run(k, fast)
+
+
+@verb(
+    help={
+        "everything": "also .venv, which the next python3 tasks.py makes anew",
+        "yes": "do not ask",
+    }
+)
+def clean(_: Context, everything: bool = False, yes: bool = False) -> None:
+    """Delete what was built; say how much that freed."""
+    from grader import cleaning
+
+    cleaning.run(everything, yes)
+
+
+@verb(positional=["folder"], help={"folder": "where to write them", "lab": "which lab"})
+def starter(_: Context, folder: str, lab: str = LAB) -> None:
+    """Write the files that a student starts from."""
+    from grader import variant
+
+    for path in variant.write_starter(setup.ROOT / "labs" / lab, Path(folder)):
+        print(path)
