@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -81,11 +83,7 @@ _STARTS: Sequence[tuple[Kind, re.Pattern[str]]] = [
         (Kind.OOPS, r"Oops: |(stack|double|int3|divide) (segment|fault|error)?.*: 0000 \[#\d+\]"),
         (Kind.OOPS, r"(BUG: )?(TASK stack guard page|stack guard page) was hit"),
         (Kind.BUG, r"kernel BUG at |BUG: Bad (page|rss)|BUG: spinlock|Kernel mode fault at addr"),
-        (
-            Kind.SLAB,
-            r"BUG (kmalloc|[a-zA-Z0-9_:-]+ ?)[^:]*: (Poison|Redzone|Object|Left|Right|Free)",
-        ),
-        (Kind.SLAB, r"BUG .*: (Objects remaining|Wrong|Invalid|Padding|Allocated|Slab)"),
+        (Kind.SLAB, r"BUG \S+ \((Tainted: .*|Not tainted)\): "),
         (Kind.LEAK, r"kmemleak: \d+ new suspected memory leaks"),
         (Kind.OOM, r"(Out of memory|Memory cgroup out of memory): Killed process|oom-kill:"),
         (Kind.WARNING, r"WARNING: CPU: \d+ PID: |WARNING: .* at .*:\d+ "),
@@ -288,6 +286,7 @@ def _tool(argv: Sequence[str], text: str) -> str:
 _HEAD_BYTES = 1 << 20
 _TAIL_BYTES = 1 << 18
 _MAX_REPORTS = 100
+_MATCHED = 1 << 16
 
 
 class Transcript:
@@ -399,8 +398,19 @@ class Console:
         )
         self._child.delaybeforesend = None
         self._child.delayafterclose = self._child.delayafterterminate = 0.02
-        self._child.logfile_read = self.transcript
+        self._child.logfile_read = self
+        self._unmatched = ""
         self._ended = False
+
+    def write(self, data: bytes) -> None:
+        """Take what the program printed; called by pexpect whoever reads."""
+        self.transcript.write(data)
+        text = data.decode(errors="replace").replace("\r", "")
+        self._unmatched = (self._unmatched + text)[-_MATCHED:]
+
+    def flush(self) -> None:
+        """Bring the transcript's file up to date; called by pexpect."""
+        self.transcript.flush()
 
     @property
     def pid(self) -> int:
@@ -435,8 +445,8 @@ class Console:
         Return False once the program has closed its end.
         """
         for _ in range(64):
-            if self._ended:
-                break
+            if self._ended or self._child.closed:
+                return False
             try:
                 if not self._child.read_nonblocking(16384, timeout=0):
                     break
@@ -458,15 +468,20 @@ class Console:
         return "\n".join(_ESCAPE.sub("", self.transcript.text).splitlines()[-lines:])
 
     def expect_ready(self, pattern: str = r"[#$] ", timeout: float = 30.0) -> bool:
-        """Wait for `pattern`, a shell's prompt, on the console; return whether it came.
+        """Wait for `pattern`, such as a shell's prompt, behind what was last waited for.
 
-        `timeout` is in seconds of the reference machine.
+        Return whether it came within `timeout` seconds of the reference machine.
         """
-        try:
-            self._child.expect(pattern.encode(), timeout=limits.scaled(timeout))
-        except (pexpect.TIMEOUT, pexpect.EOF):
-            return False
-        return True
+        limit = time.monotonic() + limits.scaled(timeout)
+        while True:
+            more = self.poll()
+            match = re.search(pattern, self._unmatched)
+            if match:
+                self._unmatched = self._unmatched[match.end() :]
+                return True
+            if not more or time.monotonic() >= limit:
+                return False
+            select.select([self], [], [], 0.1)
 
     def send(self, text: str) -> None:
         """Type `text`."""
@@ -476,7 +491,8 @@ class Console:
         """Give the terminal to the person at the keyboard until Ctrl-] or the program's end."""
         size = shutil.get_terminal_size()
         self._child.setwinsize(size.lines, size.columns)
-        # What `expect` has read and not shown would be lost.
+        # What was read up to now would be missed, the prompt above all.
+        sys.stdout.write(self.transcript.text)
         sys.stdout.flush()
         self._child.interact(escape_character=chr(29))
 

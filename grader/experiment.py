@@ -26,7 +26,7 @@ from grader.station import Station
 
 PORT = 5000
 STALL_SECONDS = 4.0
-# Transactions of the short window; the long one has three times as many.
+# Transactions of the short window; the long one has twice as many.
 SHORT_WINDOW = 1024
 # Seconds for a server to start, and to be gone after SIGKILL.
 START_SECONDS = 10.0
@@ -280,7 +280,7 @@ class Comparison:
                 for name, session in sessions.items():
                     if name not in self._compared.failures:
                         with self._recording(name):
-                            costs = session.costs(short, 3 * short)
+                            costs = session.costs(short, 2 * short)
                             self._compared.costs[name].append(costs)
         return self._compared
 

@@ -31,6 +31,7 @@ from grader.errors import UserError
 HOST_ADDRESS = "198.18.0.1"
 GUEST_ADDRESS = "198.18.0.2"
 PREFIX_LENGTH = 15
+NETWORK = f"198.18.0.0/{PREFIX_LENGTH}"
 
 TAP_NAME = "tap0"
 
@@ -232,6 +233,8 @@ class Sandbox:
             f"tc qdisc replace dev {TAP_NAME} root noqueue",
             f"ip address add {HOST_ADDRESS}/{PREFIX_LENGTH} dev {TAP_NAME}",
             f"ip link set dev {TAP_NAME} up",
+            # As in the guest: see images/guest/quickack.c.
+            f"ip route replace {NETWORK} dev {TAP_NAME} src {HOST_ADDRESS} quickack 1",
         ]
         done = self.run(["sh", "-c", " &&\n".join(commands)])
         if done.returncode != 0:

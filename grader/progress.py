@@ -55,7 +55,7 @@ class Progress:
     def say(self, text: str) -> None:
         """Print a line that stays."""
         if not self.quiet:
-            self.console.print(Text(text))
+            self.console.print(Text(text), soft_wrap=True)
 
     def close(self) -> None:
         """End the moving line."""

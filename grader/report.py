@@ -18,7 +18,7 @@ from rich.text import Text
 from grader.checks import CheckResult
 from grader.errors import UserError
 from grader.grade import Grade
-from grader.lab import Lab
+from grader.lab import METRICS, Lab
 
 SCHEMA = Path(__file__).with_name("result.schema.json")
 VERSION = 1
@@ -72,26 +72,23 @@ def write_json(grade: Grade, path: Path) -> None:
 def table(grade: Grade, lab: Lab, console: Console) -> None:
     """Print the grade for people."""
     rows = Table(box=box.SIMPLE_HEAD, expand=False)
-    rows.add_column("check", max_width=58)
-    rows.add_column("verdict")
-    rows.add_column("points", justify="right")
-    rows.add_column("measured", justify="right")
-    rows.add_column("starter", justify="right")
-    rows.add_column("solution", justify="right")
+    rows.add_column("check")
+    rows.add_column("verdict", no_wrap=True)
+    rows.add_column("points", justify="right", no_wrap=True)
+    rows.add_column("per transaction", no_wrap=True)
     for rubric, title in lab.rubrics.items():
         mine = [result for result in grade.checks if result.rubric == rubric]
         got, most = sum(r.points for r in mine), sum(r.max_points for r in mine)
-        rows.add_row(Text(title, "bold"), "", Text(f"{got:g}/{most:g}", "bold"), "", "", "")
+        rows.add_row(Text(title, "bold"), "", Text(f"{got:g}/{most:g}", "bold"), "")
         for result in mine:
             rows.add_row(
                 Text(f"  {result.title}"),
                 Text(result.verdict, _COLOURS.get(result.verdict, "red")),
                 f"{result.points:g}/{result.max_points:g}",
-                _count(result),
-                _compared(result, "starter"),
-                _compared(result, "solution"),
+                _counts(result),
             )
     console.print(rows)
+    console.print(Text("per transaction: this one (starter .. solution)"))
     for result in grade.checks:
         if result.next_step:
             console.print(Text(f"{result.id} ({result.verdict}): {result.reason}", "bold"))
@@ -104,10 +101,13 @@ def table(grade: Grade, lab: Lab, console: Console) -> None:
         console.print(Text(f"score {grade.score:g} of {grade.max_score:g}", "bold"))
 
 
-def _count(result: CheckResult) -> str:
-    names = [name for name in result.measured if name in ("syscalls", "instructions", "wakeups")]
-    return f"{result.measured[names[0]]:,.2f}" if names else ""
-
-
-def _compared(result: CheckResult, name: str) -> str:
-    return f"{result.compared_with[name]:,.2f}" if name in result.compared_with else ""
+def _counts(result: CheckResult) -> str:
+    """Return the count that the check compares, with the starter's and the solution's."""
+    names = [name for name in METRICS if name in result.measured]
+    if not names:
+        return ""
+    digits = 0 if names[0] == "instructions" else 2
+    starter, solution = (result.compared_with[name] for name in ("starter", "solution"))
+    return (
+        f"{result.measured[names[0]]:,.{digits}f} ({starter:,.{digits}f} .. {solution:,.{digits}f})"
+    )

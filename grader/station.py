@@ -36,12 +36,13 @@ def build(lab: Lab, variant: Variant, kernel: Kernel) -> Built:
 class Station:
     """A variant, booted under TCG with the standard probe; a context manager."""
 
-    def __init__(self, built: Built, vcpus: int = 4, name: str = "") -> None:
+    def __init__(self, built: Built, vcpus: int = 4, name: str = "", memory_mib: int = 512) -> None:
         self.built = built
         self.name = name or built.variant.name
         symbols = Symbols.of_kernel(built.kernel.vmlinux)
         self.probe = Probe(ProbeConfig.standard(vcpus, symbols), symbols)
         self._vcpus = vcpus
+        self._memory_mib = memory_mib
         self._machine: Machine | None = None
         self._stack = ExitStack()
 
@@ -59,6 +60,7 @@ class Station:
                 kernel=self.built.kernel.vmlinux,
                 initramfs=self.built.image.initramfs,
                 vcpus=self._vcpus,
+                memory_mib=self._memory_mib,
                 extra_qemu=tuple(self.probe.qemu_arguments()),
                 symbols=(self.built.kernel.vmlinux, self.built.module.ko),
             )

@@ -32,7 +32,7 @@ _LEFTOVERS = ("*.o", "*.a", "*.cmd", ".tmp_vmlinux*", "vmlinux.unstripped")
 # Goes into the key: raise it when the steps below change what they make.
 _RECIPE = "1"
 # Lines that one build prints (6.12.117); only the progress line rests on it.
-_EXPECTED_STEPS = 2300
+_EXPECTED_STEPS = 2410
 
 
 class BuildError(UserError):

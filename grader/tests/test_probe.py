@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import subprocess
 import time
@@ -435,15 +434,6 @@ USER_INSTRUCTIONS = 4 * CALLS + 2 * LOOPS
 
 
 @pytest.fixture(scope="module")
-def kernel() -> Path:
-    """The kernel named by MEGAPIPE_TEST_VMLINUX, its System.map beside it."""
-    path = os.environ.get("MEGAPIPE_TEST_VMLINUX")
-    if not path:
-        pytest.skip("set MEGAPIPE_TEST_VMLINUX to a built vmlinux")
-    return Path(path)
-
-
-@pytest.fixture(scope="module")
 def initramfs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("initramfs")
     init = folder / "init"
@@ -486,24 +476,24 @@ class Guest:
 
 
 def qemu_command(
-    kernel: Path, initramfs: Path, probe: Probe, thread: str, argument: str = ""
+    vmlinux: Path, initramfs: Path, probe: Probe, thread: str, argument: str = ""
 ) -> list[str]:
     # Not microvm: with the PIT as its only clock, it fails to calibrate on a busy host.
     command = ["qemu-system-x86_64", "-M", "q35", "-accel", f"tcg,thread={thread}"]
     command += ["-cpu", "Nehalem", "-smp", str(probe.config.vcpus), "-m", "256"]
     command += ["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]
-    command += ["-serial", "stdio", "-kernel", str(kernel), "-initrd", str(initramfs)]
+    command += ["-serial", "stdio", "-kernel", str(vmlinux), "-initrd", str(initramfs)]
     line = f"console=ttyS0 nokaslr quiet panic=-1{argument}"
     return [*command, "-append", line, *probe.qemu_arguments()]
 
 
 @contextmanager
 def booted(
-    kernel: Path, initramfs: Path, config: ProbeConfig, thread: str = "single"
+    vmlinux: Path, initramfs: Path, config: ProbeConfig, thread: str = "single"
 ) -> Iterator[Guest]:
-    symbols = Symbols.of_kernel(kernel)
+    symbols = Symbols.of_kernel(vmlinux)
     with Probe(config, symbols) as probe:
-        command = qemu_command(kernel, initramfs, probe, thread)
+        command = qemu_command(vmlinux, initramfs, probe, thread)
         console = pexpect.spawn(command[0], command[1:], encoding="utf-8", echo=False)
         try:
             console.expect_exact("ready", timeout=120)
@@ -520,8 +510,8 @@ def only_getppid(vcpus: int) -> ProbeConfig:
     return ProbeConfig(vcpus, {"getppid": ["__x64_sys_getppid"], "syscalls": ["do_syscall_64"]})
 
 
-def test_exact_calls(kernel: Path, initramfs: Path) -> None:
-    with booted(kernel, initramfs, only_getppid(1)) as guest:
+def test_exact_calls(vmlinux: Path, initramfs: Path) -> None:
+    with booted(vmlinux, initramfs, only_getppid(1)) as guest:
         for _ in range(2):
             cost = guest.work_on(0).total
             assert cost.functions["getppid"] == CALLS
@@ -531,11 +521,11 @@ def test_exact_calls(kernel: Path, initramfs: Path) -> None:
             assert cost.kernel > 50 * CALLS
 
 
-def test_virtual_time_repeats_exactly(kernel: Path, initramfs: Path) -> None:
+def test_virtual_time_repeats_exactly(vmlinux: Path, initramfs: Path) -> None:
     readings = []
     for _ in range(2):
-        with Probe(only_getppid(1), Symbols.of_kernel(kernel)) as probe:
-            command = qemu_command(kernel, initramfs, probe, "single", " -- once")
+        with Probe(only_getppid(1), Symbols.of_kernel(vmlinux)) as probe:
+            command = qemu_command(vmlinux, initramfs, probe, "single", " -- once")
             command += ["-icount", "shift=0,sleep=off", "-seed", "1"]
             command += ["-rtc", "base=2026-01-01,clock=vm"]
             subprocess.run(command, stdin=subprocess.DEVNULL, check=True, timeout=180)
@@ -546,8 +536,8 @@ def test_virtual_time_repeats_exactly(kernel: Path, initramfs: Path) -> None:
 
 
 @pytest.mark.parametrize("thread", ["single", "multi"])
-def test_right_vcpu(kernel: Path, initramfs: Path, thread: str) -> None:
-    with booted(kernel, initramfs, only_getppid(4), thread) as guest:
+def test_right_vcpu(vmlinux: Path, initramfs: Path, thread: str) -> None:
+    with booted(vmlinux, initramfs, only_getppid(4), thread) as guest:
         for cpu in (2, 0, 3):
             cost = guest.work_on(cpu)
             expected = [CALLS if cpu == vcpu else 0 for vcpu in range(4)]
@@ -557,10 +547,10 @@ def test_right_vcpu(kernel: Path, initramfs: Path, thread: str) -> None:
             assert elsewhere < AROUND
 
 
-def test_standard_set(kernel: Path, initramfs: Path) -> None:
-    config = ProbeConfig.standard(2, Symbols.of_kernel(kernel))
+def test_standard_set(vmlinux: Path, initramfs: Path) -> None:
+    config = ProbeConfig.standard(2, Symbols.of_kernel(vmlinux))
     assert {one.name for one in EVENTS if not one.optional} <= set(config.functions)
-    with booted(kernel, initramfs, config) as guest:
+    with booted(vmlinux, initramfs, config) as guest:
         boot = guest.settled()
         cost = guest.work_on(1)
     reporters = [one.name for one in REPORTERS if one.name in boot.functions]
@@ -571,10 +561,10 @@ def test_standard_set(kernel: Path, initramfs: Path) -> None:
     assert cost.total.functions["read"] == cost.total.functions["write"] == 1
 
 
-def test_panic_is_counted(kernel: Path, initramfs: Path) -> None:
-    symbols = Symbols.of_kernel(kernel)
+def test_panic_is_counted(vmlinux: Path, initramfs: Path) -> None:
+    symbols = Symbols.of_kernel(vmlinux)
     with Probe(ProbeConfig.standard(1, symbols), symbols) as probe:
-        command = qemu_command(kernel, initramfs, probe, "single", " -- exit")
+        command = qemu_command(vmlinux, initramfs, probe, "single", " -- exit")
         run = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=120
         )

@@ -19,7 +19,8 @@
  * the last holder of its output does: a daemon that it leaves behind lives
  * on, and must have sent its output elsewhere.
  *
- * `agent -` serves the socket that is its standard input, and then leaves the
+ * `agent /dev/ttyS1` serves that serial line instead of the port. `agent -`
+ * serves the socket that is its standard input, and then leaves the
  * machine's control groups and SysRq alone: so its tests can run anywhere.
  */
 #define _GNU_SOURCE
@@ -39,6 +40,7 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
+#include <termios.h>
 #include <unistd.h>
 
 #define PORT_NAME	"org.megapipe.control"
@@ -314,8 +316,11 @@ static void kill_command(void)
 		return;
 	job.flags |= KILLED;
 	snprintf(path, sizeof(path), "%s/cgroup.kill", job.group);
-	if (!job.group[0] || !put(path, "1"))
-		kill(-job.pid, SIGKILL);
+	if (job.group[0])
+		put(path, "1");
+	/* It may not have joined its group yet, nor even opened its session. */
+	kill(-job.pid, SIGKILL);
+	kill(job.pid, SIGKILL);
 }
 
 static void obey(const struct header *header, const char *payload)
@@ -426,15 +431,32 @@ static int open_named_port(void)
 	return -1;
 }
 
+static int open_line(const char *path)
+{
+	int fd = open(path, O_RDWR | O_NOCTTY | O_CLOEXEC);
+	struct termios raw;
+
+	if (fd < 0 || tcgetattr(fd, &raw) < 0)
+		return -1;
+	cfmakeraw(&raw);
+	cfsetspeed(&raw, B115200);
+	return tcsetattr(fd, TCSANOW, &raw) < 0 ? -1 : fd;
+}
+
 int main(int argc, char **argv)
 {
 	/* A host that goes away must not end the agent by a signal. */
 	signal(SIGPIPE, SIG_IGN);
 
 	in_guest = !(argc == 2 && !strcmp(argv[1], "-"));
-	port = in_guest ? open_named_port() : dup(STDIN_FILENO);
+	if (!in_guest)
+		port = dup(STDIN_FILENO);
+	else if (argc == 2)
+		port = open_line(argv[1]);
+	else
+		port = open_named_port();
 	if (port < 0)
-		die("open the port " PORT_NAME);
+		die("open the port");
 	fcntl(port, F_SETFD, FD_CLOEXEC);
 	if (in_guest) {
 		/* Without it nothing can be graded: it dies last. */

@@ -14,6 +14,7 @@
 #include <getopt.h>
 #include <linux/errqueue.h>
 #include <linux/net_tstamp.h>
+#include <linux/tls.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
@@ -371,6 +372,26 @@ static void nothing_at(int line, struct mp_channel *ch)
 }
 
 #define NOTHING(ch)	nothing_at(__LINE__, ch)
+
+/* The same, and the kernel does not pass the time with looking again and again. */
+static void sleeps_at(int line, struct mp_channel *ch)
+{
+	enum { WHILE = 300 };
+	struct rusage before, after;
+	struct mp_event e;
+	int used;
+
+	MUST(getrusage(RUSAGE_THREAD, &before));
+	EXPECT(mp_dispatch(ch, &e, WHILE), 0);
+	MUST(getrusage(RUSAGE_THREAD, &after));
+	used = (after.ru_stime.tv_sec - before.ru_stime.tv_sec) * 1000 +
+	       (after.ru_stime.tv_usec - before.ru_stime.tv_usec) / 1000;
+	if (used > WHILE / 2)
+		fail("line %d: expected the thread to sleep %d ms, it was busy for %d of them",
+		     line, WHILE, used);
+}
+
+#define SLEEPS(ch)	sleeps_at(__LINE__, ch)
 
 static int add(struct mp_channel *ch, int fd)
 {
@@ -766,6 +787,7 @@ static void test_read(void)
 	/* As large as a size can be: there is only so much. */
 	peer_sends(&p, "end");
 	EXPECT(mp_read(ch, p.handle, buffer, SIZE_MAX), 0);
+	WANT(ch, p.handle, MP_OP_READ, 3);
 	NOTHING(ch);
 	mp_close(ch);
 	end_pair(&p);
@@ -1265,9 +1287,81 @@ static void test_error_queue(void)
 	EXPECT(poll(&poll_fd, 1, SOON), 1);
 	EXPECT(poll_fd.revents & POLLERR, POLLERR);
 	EXPECT(mp_read(ch, p.handle, buffer, sizeof(buffer)), 0);
-	NOTHING(ch);
+	SLEEPS(ch);
 	peer_sends(&p, "data");
 	WANT(ch, p.handle, MP_OP_READ, 4);
+	mp_close(ch);
+	end_pair(&p);
+}
+
+static void use_tls(int fd, int direction)
+{
+	struct tls12_crypto_info_aes_gcm_128 info = {
+		.info = { TLS_1_2_VERSION, TLS_CIPHER_AES_GCM_128 },
+	};
+
+	MUST(setsockopt(fd, SOL_TLS, direction, &info, sizeof(info)));
+}
+
+/* What a socket has to read is not always in its receive queue, and not all there is to read. */
+static void test_tls(void)
+{
+	struct mp_channel *ch = channel();
+	struct pair p = added_pair(ch, 0);
+	char buffer[16];
+
+	if (setsockopt(p.mine, SOL_TCP, TCP_ULP, "tls", 4) && errno == ENOENT)
+		return;		/* not this kernel */
+	MUST(setsockopt(p.peer, SOL_TCP, TCP_ULP, "tls", 4));
+	use_tls(p.peer, TLS_TX);
+	use_tls(p.mine, TLS_RX);
+	EXPECT(mp_read(ch, p.handle, buffer, 4), 0);
+	SLEEPS(ch);
+	/* One record: the rest of it waits elsewhere. */
+	peer_sends(&p, "0123456789");
+	WANT(ch, p.handle, MP_OP_READ, 4);
+	EXPECT(mp_read(ch, p.handle, buffer, sizeof(buffer)), 0);
+	WANT(ch, p.handle, MP_OP_READ, 6);
+	TRUE(!memcmp(buffer, "456789", 6));
+	EXPECT(mp_read(ch, p.handle, buffer, sizeof(buffer)), 0);
+	SLEEPS(ch);
+	peer_sends(&p, "more");
+	WANT(ch, p.handle, MP_OP_READ, 4);
+	end_pair(&p);
+
+	/* A record of which only the beginning has come. */
+	p = added_pair(ch, 0);
+	MUST(setsockopt(p.mine, SOL_TCP, TCP_ULP, "tls", 4));
+	use_tls(p.mine, TLS_RX);
+	EXPECT(send(p.peer, "\x17\x03\x03\0\x40 half", 10, 0), 10);
+	EXPECT(mp_read(ch, p.handle, buffer, sizeof(buffer)), 0);
+	SLEEPS(ch);
+	mp_close(ch);
+	end_pair(&p);
+}
+
+/* Less than the socket shall wake anybody for. */
+static void test_low_water(void)
+{
+	struct mp_channel *ch = channel();
+	struct pair p = added_pair(ch, 0);
+	char buffer[16];
+	int low = 8;
+	struct mp_event e;
+
+	MUST(setsockopt(p.mine, SOL_SOCKET, SO_RCVLOWAT, &low, sizeof(low)));
+	EXPECT(mp_read(ch, p.handle, buffer, sizeof(buffer)), 0);
+	SLEEPS(ch);
+	peer_sends(&p, "1234");
+	if (mp_dispatch(ch, &e, NEVER)) {
+		EXPECT(e.result, 4);
+		EXPECT(mp_read(ch, p.handle, buffer, sizeof(buffer)), 0);
+	}
+	SLEEPS(ch);
+	peer_sends(&p, "56789abc");
+	e = next(ch);
+	EXPECT(e.op, MP_OP_READ);
+	TRUE(e.result >= 8);
 	mp_close(ch);
 	end_pair(&p);
 }
@@ -1281,7 +1375,7 @@ static void test_urgent(void)
 	EXPECT(mp_read(ch, p.handle, buffer, sizeof(buffer)), 0);
 	NOTHING(ch);
 	EXPECT(send(p.peer, "!", 1, MSG_OOB), 1);
-	NOTHING(ch);
+	SLEEPS(ch);
 	peer_sends(&p, "data");
 	WANT(ch, p.handle, MP_OP_READ, 4);
 	mp_close(ch);
@@ -1770,6 +1864,7 @@ static void test_unmapped_while_pending(void)
 			    -1, 0);
 	char buffer[4096];
 	struct mp_event e;
+	int events = 0;
 
 	TRUE(memory != MAP_FAILED);
 	EXPECT(mp_read(ch, p.handle, memory, 100), 0);
@@ -1777,14 +1872,22 @@ static void test_unmapped_while_pending(void)
 	NOTHING(ch);
 	MUST(munmap(memory, SIZE));
 	peer_sends(&p, "data");
-	WANT(ch, p.handle, MP_OP_READ, -EFAULT);
+	while (events < 2) {
+		if (!mp_dispatch(ch, &e, 0)) {
+			TRUE(recv(p.peer, buffer, sizeof(buffer), 0) > 0);
+			continue;
+		}
+		events++;
+		if (e.op == MP_OP_READ) {
+			EXPECT(e.result, -EFAULT);
+			continue;
+		}
+		EXPECT(e.op, MP_OP_WRITE);
+		TRUE(e.result > 0 && e.result < SIZE);
+		EXPECT(e.error, -EFAULT);
+	}
 	EXPECT(mp_read(ch, p.handle, buffer, sizeof(buffer)), 0);
 	WANT(ch, p.handle, MP_OP_READ, 4);
-	while (!mp_dispatch(ch, &e, 0))
-		TRUE(recv(p.peer, buffer, sizeof(buffer), 0) > 0);
-	EXPECT(e.op, MP_OP_WRITE);
-	TRUE(e.result > 0 && e.result < SIZE);
-	EXPECT(e.error, -EFAULT);
 	still_works(ch);
 	mp_close(ch);
 	end_pair(&p);
@@ -2160,7 +2263,8 @@ static void test_create_raw(void)
 	close(fd);
 }
 
-static void refuse_map(int line, const struct raw *r, size_t bytes, int flags, off_t offset, int want)
+static void refuse_map(int line, const struct raw *r, size_t bytes, int flags, off_t offset,
+		       int want)
 {
 	void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, flags, r->fd, offset);
 	int came = memory == MAP_FAILED ? -errno : 0;
@@ -2446,7 +2550,20 @@ static void arena_fill(struct arena *a, int end)
 
 static void arena_make(struct arena *a)
 {
-	*a = (struct arena){ .r = raw_channel(16, 16), .memory = make_pattern(ARENA_MEMORY) };
+	char *memory;
+
+	*a = (struct arena){ .r = raw_channel(16, 16) };
+	/* A gap ends what is read into the memory, and another one what is read into the rings. */
+	memory = mmap(NULL, 2 * ARENA_MEMORY, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	TRUE(memory != MAP_FAILED);
+	a->memory = memory;
+	MUST(mprotect(memory, ARENA_MEMORY, PROT_READ | PROT_WRITE));
+	memory = mremap(a->r.shared, a->r.args.bytes, a->r.args.bytes,
+			MREMAP_MAYMOVE | MREMAP_FIXED, memory + ARENA_MEMORY + 4096);
+	TRUE(memory != MAP_FAILED);
+	a->r.shared = (void *)memory;
+	a->r.sq = (void *)(memory + a->r.args.sq_offset);
+	a->r.cq = (void *)(memory + a->r.args.cq_offset);
 	for (int i = 0; i < ENDS; i++)
 		arena_fill(a, i);
 }
@@ -2458,7 +2575,7 @@ static void arena_end(struct arena *a)
 		close(a->ends[i]);
 		close(a->peers[i]);
 	}
-	free(a->memory);
+	munmap(a->memory, 2 * ARENA_MEMORY);
 }
 
 /* Let the peers do something, too. */
@@ -2549,7 +2666,8 @@ static void test_random_requests(void)
 			arena_stir(a, &seed);
 	}
 	if (a->refused)
-		fail("expected right indices to be accepted, %u crossings were refused", a->refused);
+		fail("expected right indices to be accepted, %u crossings were refused",
+		     a->refused);
 	TRUE(a->done > 100);
 	arena_end(a);
 	free(a);
@@ -2726,6 +2844,8 @@ static void serve_until_killed(int listener)
 		if (e.op == MP_OP_ACCEPT) {
 			int connection = add(ch, e.result);
 
+			/* Not before the request is down: the number may be another's then. */
+			EXPECT(mp_flush(ch), 0);
 			close(e.result);
 			EXPECT(mp_read(ch, connection, buffer[connection % 64], 256), 0);
 			if (clients++ % 2)
@@ -2754,10 +2874,12 @@ static void test_kill(void)
 		if (round % 2)
 			sleep_ms(5);
 		for (int i = 0; i < 20 * round; i++)
-			send(peers[i % CLIENTS], buffer, sizeof(buffer), MSG_DONTWAIT | MSG_NOSIGNAL);
+			send(peers[i % CLIENTS], buffer, sizeof(buffer),
+			     MSG_DONTWAIT | MSG_NOSIGNAL);
 		MUST(kill(pid, SIGKILL));
 		for (int i = 0; i < 20 * round; i++)
-			send(peers[i % CLIENTS], buffer, sizeof(buffer), MSG_DONTWAIT | MSG_NOSIGNAL);
+			send(peers[i % CLIENTS], buffer, sizeof(buffer),
+			     MSG_DONTWAIT | MSG_NOSIGNAL);
 		EXPECT(WTERMSIG(status_of(pid)), SIGKILL);
 		for (int i = 0; i < CLIENTS; i++) {
 			ssize_t n;
@@ -2784,7 +2906,8 @@ static void test_many_channels(void)
 		if (i % 4 == 0) {
 			raw_register(&r, i, p.mine);
 			raw_begin(&r, (struct mp_request){
-				.op = MP_OP_READ, .handle = i, .addr = (uintptr_t)&byte, .len = 1 });
+				.op = MP_OP_READ, .handle = i,
+				.addr = (uintptr_t)&byte, .len = 1 });
 		}
 		raw_close(&r);
 	}
@@ -2815,6 +2938,119 @@ static void test_many_registrations(void)
 	raw_close(&r);
 	peer_sees_end(p.peer);
 	close(p.peer);
+}
+
+/* --- no memory ---------------------------------------------------------------------------- */
+
+static bool write_text(const char *path, const char *text)
+{
+	int fd = open(path, O_WRONLY | O_CLOEXEC);
+	bool right = fd >= 0 && write(fd, text, strlen(text)) == (ssize_t)strlen(text);
+
+	if (fd >= 0)
+		close(fd);
+	return right;
+}
+
+static void set_fault(int fd, int number)
+{
+	char text[16];
+	int length = snprintf(text, sizeof(text), "%d", number);
+
+	EXPECT(pwrite(fd, text, length, 0), length);
+}
+
+static bool no_memory(int ret)
+{
+	if (ret >= 0)
+		return false;
+	if (ret != -ENOMEM && ret != -ENOBUFS && ret != -ENFILE)
+		fail("expected success or -ENOMEM, came %s", show(ret));
+	return true;
+}
+
+/* A channel's whole life, in which an allocation may fail. */
+static void live(int listener, const struct pair *p, char *data, size_t size)
+{
+	struct mp_create args = { SIZES(8, 8), .flags = batch ? MP_BATCH : 0 };
+	struct iovec parts[2] = { { data, size }, { data, size } };
+	unsigned char mask = 0xff;
+	const struct mp_request requests[] = {
+		{ .op = MP_OP_REGISTER, .handle = 1, .fd = p->mine },
+		{ .op = MP_OP_REGISTER, .handle = 100000, .fd = listener,
+		  .addr = (uintptr_t)&mask, .len = 1 },
+		{ .op = MP_OP_READ, .handle = 1, .addr = (uintptr_t)data, .len = 1 },
+		{ .op = MP_OP_ACCEPT, .handle = 100000, .len = 2 },
+		{ .op = MP_OP_WRITEV, .handle = 1, .addr = (uintptr_t)parts, .len = 2 },
+		{ .op = MP_OP_UNREGISTER, .handle = 1 },
+	};
+	struct raw r = { .fd = raw_create(&args), .args = args };
+	void *memory;
+
+	if (no_memory(r.fd))
+		return;
+	memory = mmap(NULL, args.bytes, PROT_READ | PROT_WRITE, MAP_SHARED, r.fd, 0);
+	if (memory == MAP_FAILED) {
+		no_memory(-errno);
+		close(r.fd);
+		return;
+	}
+	r.shared = memory;
+	r.sq = (void *)((char *)memory + args.sq_offset);
+	r.cq = (void *)((char *)memory + args.cq_offset);
+	for (size_t i = 0; i < sizeof(requests) / sizeof(*requests); i++) {
+		raw_put(&r, requests[i]);
+		EXPECT(enter(r.fd, MP_ENTER_SUBMIT), 1);
+		EXPECT(raw_wait(&r, 0, 0), 0);
+		while (raw_waiting(&r)) {
+			struct mp_completion c = raw_take(&r);
+
+			/* Its registration has found no memory. */
+			if (c.result == -ENOENT)
+				continue;
+			if (!no_memory(c.result) && c.op == MP_OP_ACCEPT)
+				close(c.result);
+		}
+	}
+	raw_close(&r);
+}
+
+/* Each allocation on the way fails once. Only a kernel with fault injection can do it. */
+static void test_no_memory(void)
+{
+	enum { SIZE = 100000, MOST = 3000 };
+	int fd = open("/proc/thread-self/fail-nth", O_RDWR | O_CLOEXEC), failed;
+	char *data = make_pattern(SIZE);
+	int listener = listening();
+
+	if (fd < 0)
+		return;
+	if (!write_text("/sys/kernel/debug/failslab/ignore-gfp-wait", "N") ||
+	    !write_text("/sys/kernel/debug/failslab/verbose", "0") ||
+	    !write_text("/sys/kernel/debug/fail_page_alloc/ignore-gfp-wait", "N") ||
+	    !write_text("/sys/kernel/debug/fail_page_alloc/verbose", "0") ||
+	    !write_text("/sys/kernel/debug/fail_page_alloc/min-order", "0"))
+		return;
+	for (failed = 0; failed < MOST; failed++) {
+		struct pair p = make_pair(listener, 8192);
+		int peer = connected(listener), before = open_descriptors();
+		char text[16] = "";
+
+		wait_backlog(listener, 1);
+		set_fault(fd, failed + 1);
+		live(listener, &p, data, SIZE);
+		EXPECT(pread(fd, text, sizeof(text) - 1, 0) > 0, true);
+		set_fault(fd, 0);
+		EXPECT(open_descriptors(), before);
+		if (backlog(listener))
+			close(MUST(accept(listener, NULL, NULL)));
+		end_pair(&p);
+		close(peer);
+		if (atoi(text))		/* nothing was left to fail */
+			break;
+	}
+	TRUE(failed > 5 && failed < MOST);
+	free(data);
 }
 
 /* --- several channels, one listener ------------------------------------------------------- */
@@ -3057,7 +3293,7 @@ static void test_nothing_left(void)
 			return;
 		sleep_ms(10);
 	}
-	fail("expected %d sockets and %d references to the module, as at the start, found %d and %d",
+	fail("expected %d sockets and %d references to the module, as before, found %d and %d",
 	     at_start.sockets, at_start.references, tcp_sockets(), module_references());
 }
 
@@ -3108,6 +3344,8 @@ static const struct {
 	{ "timeout", test_timeout },
 	{ "wakes", test_wakes },
 	{ "error-queue", test_error_queue },
+	{ "tls", test_tls },
+	{ "low-water", test_low_water },
 	{ "urgent", test_urgent },
 	{ "tiny-rings", test_tiny_rings },
 	{ "held-back", test_held_back },
@@ -3142,6 +3380,7 @@ static const struct {
 	{ "kill", test_kill },
 	{ "many-channels", test_many_channels },
 	{ "many-registrations", test_many_registrations },
+	{ "no-memory", test_no_memory },
 	{ "emfile", test_emfile },
 	{ "hand-on", test_hand_on },
 	{ "shared-listener", test_shared_listener },
@@ -3226,7 +3465,8 @@ static bool run_case(int index)
 	pid_t pid;
 
 	snprintf(name, sizeof(name), "%s/%s", cases[index].name, batch ? "batch" : "plain");
-	if (pipe2(ends, O_CLOEXEC | O_NONBLOCK) || (pid = fork()) < 0) {
+	pid = pipe2(ends, O_CLOEXEC | O_NONBLOCK) ? -1 : fork();
+	if (pid < 0) {
 		printf("FAIL %s: cannot start: %s\n", name, strerror(errno));
 		return false;
 	}
@@ -3278,9 +3518,12 @@ static void usage(void)
 int main(int argc, char **argv)
 {
 	static const struct option options[] = {
-		{ "plain", no_argument, NULL, 'p' }, { "batch", no_argument, NULL, 'b' },
-		{ "scale", required_argument, NULL, 's' }, { "limit", required_argument, NULL, 'l' },
-		{ "list", no_argument, NULL, 'L' }, { "help", no_argument, NULL, 'h' },
+		{ "plain", no_argument, NULL, 'p' },
+		{ "batch", no_argument, NULL, 'b' },
+		{ "scale", required_argument, NULL, 's' },
+		{ "limit", required_argument, NULL, 'l' },
+		{ "list", no_argument, NULL, 'L' },
+		{ "help", no_argument, NULL, 'h' },
 		{ NULL, 0, NULL, 0 },
 	};
 	bool plain = true, batched = true, right = true;

@@ -55,7 +55,10 @@ extern const struct mp_batch_ops mp_batched_ops;	/* the lab's mp_batch.c */
 /* --- requests: for ->drain() ------------------------------------------------ */
 
 /* How many requests wait in the ring. */
-u32 mp_sq_waiting(const struct mp_channel *ch);
+static inline u32 mp_sq_waiting(const struct mp_channel *ch)
+{
+	return ch->sq_tail - ch->sq_head;
+}
 
 /* Copy the request @ahead places behind the next one; @ahead < mp_sq_waiting(). */
 void mp_sq_read(const struct mp_channel *ch, u32 ahead, struct mp_request *req);
@@ -76,11 +79,17 @@ void mp_execute(struct mp_channel *ch, const struct mp_request *req);
 
 /* --- completions: for ->complete() ------------------------------------------ */
 
-/* How many more completions fit into the ring. */
-u32 mp_cq_room(const struct mp_channel *ch);
-
 /* How many completions the user has not taken out yet, visible or not. */
-u32 mp_cq_filled(const struct mp_channel *ch);
+static inline u32 mp_cq_filled(const struct mp_channel *ch)
+{
+	return ch->cq_tail - ch->cq_head;
+}
+
+/* How many more completions fit into the ring. */
+static inline u32 mp_cq_room(const struct mp_channel *ch)
+{
+	return ch->cq_entries - mp_cq_filled(ch);
+}
 
 /*
  * Make every completion written so far visible to the user. This writes a
@@ -91,7 +100,10 @@ void mp_cq_publish(struct mp_channel *ch);
 /* --- ready handles ---------------------------------------------------------- */
 
 /* How many handles are on the list. Takes no lock: more may come any time. */
-u32 mp_ready_count(const struct mp_channel *ch);
+static inline u32 mp_ready_count(const struct mp_channel *ch)
+{
+	return READ_ONCE(ch->nr_ready);
+}
 
 /* Take the handle that has been ready longest off the list, or NULL. Locks. */
 struct mp_handle *mp_ready_pop(struct mp_channel *ch);

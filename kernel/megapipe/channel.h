@@ -7,13 +7,13 @@
 
 #include <linux/fs.h>
 #include <linux/net.h>
+#include <linux/nospec.h>
 #include <linux/poll.h>
 #include <linux/sched.h>
 #include <linux/socket.h>
 #include <linux/spinlock.h>
 #include <linux/uio.h>
 #include <linux/wait.h>
-#include <linux/xarray.h>
 
 #include "uapi/megapipe_abi.h"
 
@@ -44,7 +44,8 @@ struct mp_channel {
 	u32 sq_tail;
 	u32 cq_head;
 
-	struct xarray handles;		/* number -> struct mp_handle */
+	struct mp_handle **handles;	/* by number, NULL where there is none */
+	u32 nr_handles;			/* slots; grows as numbers are used */
 
 	/*
 	 * @lock guards @ready, @nr_ready and, in each handle, @armed, @link and
@@ -95,6 +96,13 @@ struct mp_handle {
 	wait_queue_entry_t wait;
 };
 
+static inline struct mp_handle *mp_handle_find(const struct mp_channel *ch, u32 number)
+{
+	if (number >= ch->nr_handles)
+		return NULL;
+	return ch->handles[array_index_nospec(number, ch->nr_handles)];
+}
+
 /* ring.c */
 int mp_ring_create(struct mp_channel *ch, struct mp_create *args);
 void mp_ring_destroy(struct mp_channel *ch);
@@ -117,6 +125,7 @@ int mp_socket_accept(struct mp_handle *h, const struct mp_request *req);
 int mp_socket_read(struct mp_handle *h, const struct mp_request *req);
 int mp_socket_write(struct mp_handle *h, const struct mp_request *req);
 int mp_socket_disconnect(struct mp_handle *h, const struct mp_request *req);
+__poll_t mp_socket_events(const struct mp_handle *h, __poll_t events);
 void mp_socket_progress(struct mp_handle *h, __poll_t events);
 void mp_socket_forget(struct mp_handle *h);
 

@@ -8,6 +8,8 @@
  * at most once, and while @armed is 0 the callback leaves it alone.
  */
 #include <linux/file.h>
+#include <linux/log2.h>
+#include <linux/mm.h>
 #include <linux/net.h>
 #include <linux/slab.h>
 #include <net/inet_connection_sock.h>
@@ -109,12 +111,16 @@ void mp_handle_wait(struct mp_handle *h, __poll_t events)
 	h->armed = events;
 	spin_unlock_irq(&ch->lock);
 
-	init_poll_funcptr(&watch.table, h->whead ? NULL : mp_handle_watch);
-	watch.table._key = events | EPOLLERR | EPOLLHUP;
-	now = vfs_poll(h->file, &watch.table) & watch.table._key;
-	/* What is on the error queue (time stamps, say) is not for an operation. */
-	if (!READ_ONCE(h->sock->sk->sk_err))
-		now &= ~EPOLLERR;
+	if (h->whead) {
+		now = mp_socket_events(h, events);
+	} else {
+		init_poll_funcptr(&watch.table, mp_handle_watch);
+		watch.table._key = events | EPOLLERR | EPOLLHUP;
+		now = vfs_poll(h->file, &watch.table) & watch.table._key;
+		/* What is on the error queue (time stamps, say) is not for an operation. */
+		if (!READ_ONCE(h->sock->sk->sk_err))
+			now &= ~EPOLLERR;
+	}
 	if (!now)
 		return;
 
@@ -143,13 +149,39 @@ void mp_handle_make_ready(struct mp_handle *h, __poll_t events)
 	spin_unlock_irq(&ch->lock);
 }
 
-/* Takes over the reference to @file. */
+static int mp_handle_make_slot(struct mp_channel *ch, u32 number)
+{
+	struct mp_handle **more;
+	u32 slots;
+
+	if (number >= MP_MAX_HANDLES)
+		return -EINVAL;
+	if (number < ch->nr_handles)
+		return 0;
+	slots = max(64UL, roundup_pow_of_two(number + 1));
+	more = kvcalloc(slots, sizeof(*more), GFP_KERNEL_ACCOUNT);
+	if (!more)
+		return -ENOMEM;
+	if (ch->nr_handles)
+		memcpy(more, ch->handles, ch->nr_handles * sizeof(*more));
+	kvfree(ch->handles);
+	ch->handles = more;
+	ch->nr_handles = slots;
+	return 0;
+}
+
+/* Takes over the reference to @file, but not if it fails. */
 int mp_handle_add(struct mp_channel *ch, u32 number, struct file *file, u64 cookie)
 {
 	struct socket *sock = sock_from_file(file);
 	struct mp_handle *h;
 	int ret;
 
+	ret = mp_handle_make_slot(ch, number);
+	if (ret)
+		return ret;
+	if (ch->handles[number])
+		return -EEXIST;
 	h = kmem_cache_zalloc(mp_handle_cache, GFP_KERNEL);
 	if (!h)
 		return -ENOMEM;
@@ -163,11 +195,7 @@ int mp_handle_add(struct mp_channel *ch, u32 number, struct file *file, u64 cook
 	if (inet_sk_state_load(sock->sk) == TCP_LISTEN)
 		h->wait.flags |= WQ_FLAG_EXCLUSIVE;
 
-	ret = xa_insert(&ch->handles, number, h, GFP_KERNEL_ACCOUNT);
-	if (ret) {
-		kmem_cache_free(mp_handle_cache, h);
-		return ret == -EBUSY ? -EEXIST : ret;
-	}
+	ch->handles[number] = h;
 	return 0;
 }
 
@@ -201,25 +229,20 @@ static void mp_handle_free(struct mp_handle *h)
 
 void mp_handle_remove(struct mp_handle *h)
 {
-	xa_erase(&h->channel->handles, h->number);
+	h->channel->handles[h->number] = NULL;
 	mp_handle_free(h);
 }
 
 void mp_handle_remove_all(struct mp_channel *ch)
 {
-	struct mp_handle *h;
-	unsigned long number;
+	u32 number;
 
-	xa_for_each(&ch->handles, number, h) {
-		mp_handle_free(h);
+	for (number = 0; number < ch->nr_handles; number++) {
+		if (ch->handles[number])
+			mp_handle_free(ch->handles[number]);
 		cond_resched();
 	}
-	xa_destroy(&ch->handles);
-}
-
-u32 mp_ready_count(const struct mp_channel *ch)
-{
-	return READ_ONCE(ch->nr_ready);
+	kvfree(ch->handles);
 }
 
 struct mp_handle *mp_ready_pop(struct mp_channel *ch)

@@ -65,7 +65,7 @@ static int mp_try_execute(struct mp_channel *ch, const struct mp_request *req)
 	if (req->cookie || req->fd || (req->addr && !operation->takes_addr) ||
 	    (req->len && !operation->takes_len))
 		return -EINVAL;
-	h = xa_load(&ch->handles, req->handle);
+	h = mp_handle_find(ch, req->handle);
 	if (!h)
 		return -ENOENT;
 	return operation->run(h, req);
@@ -76,7 +76,7 @@ void mp_execute(struct mp_channel *ch, const struct mp_request *req)
 	int ret = mp_try_execute(ch, req);
 
 	if (ret < 0) {
-		struct mp_handle *h = xa_load(&ch->handles, req->handle);
+		struct mp_handle *h = mp_handle_find(ch, req->handle);
 		struct mp_completion c = {
 			.op = req->op,
 			.handle = req->handle,
@@ -193,7 +193,6 @@ static struct mp_channel *mp_channel_alloc(struct mp_create *args)
 		return ERR_PTR(-ENOMEM);
 	spin_lock_init(&ch->lock);
 	INIT_LIST_HEAD(&ch->ready);
-	xa_init_flags(&ch->handles, XA_FLAGS_ACCOUNT);
 	ch->batch = args->flags & MP_BATCH ? &mp_batched_ops : &mp_plain_ops;
 	ch->owner = get_task_struct(current);
 	ch->mm = current->mm;

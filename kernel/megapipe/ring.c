@@ -88,6 +88,7 @@ int mp_ring_check(struct mp_channel *ch)
 	 * the release in libmegapipe.
 	 */
 	u32 sq_tail = smp_load_acquire(&ch->shared->sq_tail);
+	/* Acquire: completions below cq_head have been read before they are overwritten. */
 	u32 cq_head = smp_load_acquire(&ch->shared->cq_head);
 
 	if (sq_tail - ch->sq_head > ch->sq_entries ||
@@ -96,11 +97,6 @@ int mp_ring_check(struct mp_channel *ch)
 	ch->sq_tail = sq_tail;
 	ch->cq_head = cq_head;
 	return 0;
-}
-
-u32 mp_sq_waiting(const struct mp_channel *ch)
-{
-	return ch->sq_tail - ch->sq_head;
 }
 
 void mp_sq_read(const struct mp_channel *ch, u32 ahead, struct mp_request *req)
@@ -117,16 +113,6 @@ void mp_sq_advance(struct mp_channel *ch, u32 count)
 	ch->sq_head += count;
 	/* Release: the copies were made before. Pairs with the user's acquire. */
 	smp_store_release(&ch->shared->sq_head, ch->sq_head);
-}
-
-u32 mp_cq_filled(const struct mp_channel *ch)
-{
-	return ch->cq_tail - ch->cq_head;
-}
-
-u32 mp_cq_room(const struct mp_channel *ch)
-{
-	return ch->cq_entries - mp_cq_filled(ch);
 }
 
 void mp_cq_publish(struct mp_channel *ch)

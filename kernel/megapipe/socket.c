@@ -59,8 +59,6 @@ int mp_socket_register(struct mp_channel *ch, const struct mp_request *req)
 	struct file *file;
 	int ret;
 
-	if (req->handle >= MP_MAX_HANDLES)
-		return -EINVAL;
 	file = fget(req->fd);
 	if (!file)
 		return -EBADF;
@@ -84,6 +82,36 @@ err:
 	return ret;
 }
 
+/*
+ * What poll() would say of @events, at a fraction of its cost. As with poll(),
+ * nothing is lost if the caller has armed the handle before.
+ */
+__poll_t mp_socket_events(const struct mp_handle *h, __poll_t events)
+{
+	const struct sock *sk = h->sock->sk;
+	__poll_t now = 0;
+
+	/*
+	 * Rare: writers, because asking makes the socket call back, and layers on
+	 * top of TCP (TLS, BPF), which keep what they have to read elsewhere.
+	 */
+	if (events & EPOLLOUT || READ_ONCE(sk->sk_prot)->sock_is_readable) {
+		now = vfs_poll(h->file, NULL) & (events | EPOLLHUP);
+	} else if (h->accepts) {
+		if (!reqsk_queue_empty(&inet_csk(sk)->icsk_accept_queue) ||
+		    inet_sk_state_load(sk) != TCP_LISTEN)
+			now |= EPOLLIN;
+	} else if (!skb_queue_empty_lockless(&sk->sk_receive_queue) ||
+		   READ_ONCE(sk->sk_shutdown) & RCV_SHUTDOWN ||
+		   inet_sk_state_load(sk) == TCP_CLOSE) {
+		now |= EPOLLIN;
+	}
+	/* Not what is on the error queue (time stamps, say): no operation takes it. */
+	if (READ_ONCE(sk->sk_err))
+		now |= EPOLLERR;
+	return now;
+}
+
 /* --- accept ------------------------------------------------------------------ */
 
 static int mp_accept_one(struct mp_handle *h)
@@ -93,8 +121,7 @@ static int mp_accept_one(struct mp_handle *h)
 	int fd;
 
 	/* do_accept() would make a file first and then find nothing to accept. */
-	if (reqsk_queue_empty(&inet_csk(h->sock->sk)->icsk_accept_queue) &&
-	    inet_sk_state_load(h->sock->sk) == TCP_LISTEN)
+	if (!mp_socket_events(h, EPOLLIN))
 		return -EAGAIN;
 	fd = get_unused_fd_flags(O_CLOEXEC);
 	if (fd < 0)
@@ -159,6 +186,9 @@ static bool mp_try_read(struct mp_handle *h)
 
 	if (!mp_cq_room(h->channel))
 		return false;
+	/* A receive that finds nothing costs more than to look whether it would. */
+	if (!mp_socket_events(h, EPOLLIN))
+		return true;
 	c.result = import_ubuf(ITER_DEST, u64_to_user_ptr(h->read_addr), h->read_len,
 			       &msg.msg_iter);
 	if (!c.result)
@@ -172,14 +202,18 @@ static bool mp_try_read(struct mp_handle *h)
 
 int mp_socket_read(struct mp_handle *h, const struct mp_request *req)
 {
+	u32 len = min_t(u32, req->len, MAX_RW_COUNT);
+
 	/* Nothing read means end of file, so nothing must not be asked for. */
-	if (!req->len || inet_sk_state_load(h->sock->sk) == TCP_LISTEN)
+	if (!len || inet_sk_state_load(h->sock->sk) == TCP_LISTEN)
 		return -EINVAL;
 	if (h->pending & EPOLLIN)
 		return -EBUSY;
+	if (!access_ok(u64_to_user_ptr(req->addr), len))
+		return -EFAULT;
 	h->pending |= EPOLLIN;
 	h->read_addr = req->addr;
-	h->read_len = min_t(u32, req->len, MAX_RW_COUNT);
+	h->read_len = len;
 	mp_socket_progress(h, EPOLLIN);
 	return 0;
 }

@@ -8,7 +8,7 @@
 #ifndef MEGAPIPE_FLUSH_H
 #define MEGAPIPE_FLUSH_H
 
-#include "megapipe.h"
+#include "channel.h"
 
 struct mp_flush_ops {
 	/*
@@ -29,13 +29,24 @@ extern const struct mp_flush_ops mp_plain_flush;	/* flush_plain.c */
 extern const struct mp_flush_ops mp_batched_flush;	/* the lab's mp_flush.c */
 
 /* Requests that are in the ring and that the kernel has not taken. */
-unsigned int mp_requests_waiting(const struct mp_channel *ch);
+static inline unsigned int mp_requests_waiting(const struct mp_channel *ch)
+{
+	/* Acquire: a slot is used again only after the kernel has copied it. */
+	return ch->sq_tail - __atomic_load_n(&ch->shared->sq_head, __ATOMIC_ACQUIRE);
+}
 
 /* Completions that are in the ring and that the application has not had. */
-unsigned int mp_completions_waiting(const struct mp_channel *ch);
+static inline unsigned int mp_completions_waiting(const struct mp_channel *ch)
+{
+	/* Acquire: completions below cq_tail are read after it. */
+	return __atomic_load_n(&ch->shared->cq_tail, __ATOMIC_ACQUIRE) - ch->cq_head;
+}
 
 /* How many requests shall gather before they go down (mp_options.threshold). */
-unsigned int mp_threshold(const struct mp_channel *ch);
+static inline unsigned int mp_threshold(const struct mp_channel *ch)
+{
+	return ch->threshold;
+}
 
 /*
  * Cross into the kernel. @flags: MP_ENTER_SUBMIT to have requests taken,

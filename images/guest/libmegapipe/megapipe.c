@@ -10,63 +10,12 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "channel.h"
 #include "flush.h"
-#include "megapipe.h"
 
 enum { DEFAULT_REQUESTS = 256, DEFAULT_COMPLETIONS = 4096, DEFAULT_THRESHOLD = 32 };
 
-enum handle_state { HANDLE_FREE, HANDLE_USED, HANDLE_LEAVING };
-
-struct handle {
-	enum handle_state state;
-	int next_free;		/* while free: the next one, or -1 */
-};
-
-struct mp_channel {
-	int fd;
-	pid_t pid;		/* of the process that made it */
-	const struct mp_flush_ops *flush;
-	unsigned int threshold;
-
-	struct mp_shared *shared;
-	size_t shared_bytes;
-	struct mp_request *sq;
-	struct mp_completion *cq;
-	uint32_t sq_mask;
-	uint32_t cq_mask;
-	uint32_t sq_tail;	/* this side's own indices */
-	uint32_t cq_head;
-
-	struct handle *handles;
-	int nr_handles;		/* allocated */
-	int free_handle;	/* head of the list of free ones, or -1 */
-
-	/*
-	 * Completions set aside, oldest first, to make room in their ring when
-	 * requests cannot go down because it is full.
-	 */
-	struct mp_completion *aside;
-	size_t aside_first, aside_count, aside_size;
-};
-
 /* --- the rings ---------------------------------------------------------------- */
-
-unsigned int mp_requests_waiting(const struct mp_channel *ch)
-{
-	/* Acquire: a slot is reused only after the kernel has copied it. */
-	return ch->sq_tail - __atomic_load_n(&ch->shared->sq_head, __ATOMIC_ACQUIRE);
-}
-
-unsigned int mp_completions_waiting(const struct mp_channel *ch)
-{
-	/* Acquire: completions below cq_tail are read after it. */
-	return __atomic_load_n(&ch->shared->cq_tail, __ATOMIC_ACQUIRE) - ch->cq_head;
-}
-
-unsigned int mp_threshold(const struct mp_channel *ch)
-{
-	return ch->threshold;
-}
 
 int mp_cross(struct mp_channel *ch, unsigned int flags, int timeout_ms)
 {
@@ -78,18 +27,20 @@ int mp_cross(struct mp_channel *ch, unsigned int flags, int timeout_ms)
 	return ret < 0 ? -errno : ret;
 }
 
-static struct mp_completion take_completion(struct mp_channel *ch)
+static const struct mp_completion *first_completion(const struct mp_channel *ch)
 {
-	struct mp_completion c = ch->cq[ch->cq_head & ch->cq_mask];
+	return &ch->cq[ch->cq_head & ch->cq_mask];
+}
 
+static void release_completion(struct mp_channel *ch)
+{
 	ch->cq_head++;
 	/* Release: the slot has been read. */
 	__atomic_store_n(&ch->shared->cq_head, ch->cq_head, __ATOMIC_RELEASE);
-	return c;
 }
 
-/* Nobody will get the event of this completion. */
-static void drop_completion(const struct mp_completion *c)
+/* Nobody will see this completion: the descriptor that it may bring must not stay open. */
+static void discard(const struct mp_completion *c)
 {
 	if (c->op == MP_OP_ACCEPT && c->result >= 0)
 		close(c->result);
@@ -113,8 +64,10 @@ static int set_completions_aside(struct mp_channel *ch)
 		ch->aside = more;
 		ch->aside_size = 2 * need;
 	}
-	while (count--)
-		ch->aside[ch->aside_count++] = take_completion(ch);
+	while (count--) {
+		ch->aside[ch->aside_count++] = *first_completion(ch);
+		release_completion(ch);
+	}
 	return 0;
 }
 
@@ -138,13 +91,15 @@ static int make_room(struct mp_channel *ch)
 	return 0;
 }
 
-static int request(struct mp_channel *ch, const struct mp_request *req)
+static inline int request(struct mp_channel *ch, struct mp_request req)
 {
-	int ret = make_room(ch);
+	if (mp_requests_waiting(ch) > ch->sq_mask) {
+		int ret = make_room(ch);
 
-	if (ret)
-		return ret;
-	ch->sq[ch->sq_tail & ch->sq_mask] = *req;
+		if (ret)
+			return ret;
+	}
+	ch->sq[ch->sq_tail & ch->sq_mask] = req;
 	ch->sq_tail++;
 	/* Release: the request is written. Pairs with the kernel's acquire. */
 	__atomic_store_n(&ch->shared->sq_tail, ch->sq_tail, __ATOMIC_RELEASE);
@@ -223,12 +178,12 @@ void mp_close(struct mp_channel *ch)
 	/* A forked child has neither: there the same numbers may be something else. */
 	if (getpid() == ch->pid) {
 		while (ch->aside_count--)
-			drop_completion(&ch->aside[ch->aside_first++]);
+			discard(&ch->aside[ch->aside_first++]);
+		/* More than the ring holds: its indices were scribbled over. */
 		if (mp_completions_waiting(ch) <= ch->cq_mask + 1) {
 			while (mp_completions_waiting(ch)) {
-				struct mp_completion c = take_completion(ch);
-
-				drop_completion(&c);
+				discard(first_completion(ch));
+				release_completion(ch);
 			}
 		}
 		munmap(ch->shared, ch->shared_bytes);
@@ -293,7 +248,7 @@ int mp_register(struct mp_channel *ch, int fd, void *cookie, const void *mask, s
 
 	if (handle < 0)
 		return handle;
-	ret = request(ch, &req);
+	ret = request(ch, req);
 	if (ret) {
 		handle_free(ch, handle);
 		return ret;
@@ -311,7 +266,7 @@ static int request_on(struct mp_channel *ch, enum mp_op op, int handle, const vo
 		.len = size > UINT32_MAX ? UINT32_MAX : size,
 	};
 
-	return handle_used(ch, handle) ? request(ch, &req) : -EBADF;
+	return handle_used(ch, handle) ? request(ch, req) : -EBADF;
 }
 
 int mp_unregister(struct mp_channel *ch, int handle)
@@ -361,7 +316,7 @@ static bool deliver(struct mp_channel *ch, const struct mp_completion *c, struct
 		if (c->op == MP_OP_UNREGISTER)
 			handle_free(ch, c->handle);
 		else
-			drop_completion(c);
+			discard(c);
 		return false;
 	}
 	*event = (struct mp_event){
@@ -378,20 +333,21 @@ static bool deliver(struct mp_channel *ch, const struct mp_completion *c, struct
 
 int mp_dispatch(struct mp_channel *ch, struct mp_event *event, int timeout_ms)
 {
-	struct mp_completion c;
+	bool delivered;
 	int ret;
 
 	do {
 		if (ch->aside_count) {
-			c = ch->aside[ch->aside_first++];
+			delivered = deliver(ch, &ch->aside[ch->aside_first++], event);
 			if (!--ch->aside_count)
 				ch->aside_first = 0;
 		} else {
 			ret = ch->flush->next(ch, timeout_ms);
 			if (ret <= 0)
 				return ret;
-			c = take_completion(ch);
+			delivered = deliver(ch, first_completion(ch), event);
+			release_completion(ch);
 		}
-	} while (!deliver(ch, &c, event));
+	} while (!delivered);
 	return 1;
 }

@@ -51,7 +51,9 @@ struct mp_channel *mp_create(const struct mp_options *options);
 void mp_close(struct mp_channel *ch);
 
 /*
- * Put descriptor @fd into the channel. Returns its handle. @cookie comes back
+ * Put descriptor @fd into the channel. Returns its handle. With MP_BATCH, @fd
+ * and @mask are looked at when the request goes down: do not close or change
+ * them before mp_flush() or an event of the handle. @cookie comes back
  * with every event of the handle. For a listening socket, @mask (@mask_bytes
  * long, as for sched_setaffinity()) names the CPUs whose connections it is to
  * accept; NULL and 0: all. If the registration fails, that is the handle's

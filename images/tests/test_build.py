@@ -1,0 +1,138 @@
+"""The guest's programs and its initramfs: what is in them, and that their bytes repeat."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from images import build
+
+HELLO = "#include <megapipe_abi.h>\n#include <stdio.h>\nint main(void) { return mp_answer(); }\n"
+
+
+@pytest.fixture
+def guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small guest folder, with a space in its path and a library, and a cache of its own."""
+    folder = tmp_path / "a guest"
+    (folder / "libmegapipe").mkdir(parents=True)
+    for name in ("init", "Makefile"):
+        shutil.copy(build.GUEST / name, folder)
+    (folder / "hello.c").write_text(HELLO)
+    (folder / "libmegapipe" / "core.c").write_text(
+        "int mp_student(void);\nint mp_answer(void) { return mp_student(); }\n"
+    )
+    (folder / "uapi").mkdir()
+    (folder / "uapi" / "megapipe_abi.h").write_text("int mp_answer(void);\n")
+    (folder / "student").mkdir()
+    (folder / "student" / "flush.c").write_text("int mp_student(void) { return 42; }\n")
+    monkeypatch.setattr(build, "GUEST", folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a cache"))
+    return folder
+
+
+def programs(guest: Path) -> Path:
+    return build.build_programs([guest / "student" / "flush.c"], guest / "uapi")
+
+
+def listing(archive: Path) -> dict[str, list[str]]:
+    with archive.open() as file:
+        shown = subprocess.check_output(["cpio", "--quiet", "-itvn"], stdin=file, text=True)
+    rows = [line.split() for line in shown.splitlines()]
+    return {row[8]: row for row in rows}
+
+
+def test_every_c_file_is_a_program_linked_with_the_library_and_the_given_file(guest: Path) -> None:
+    folder = programs(guest)
+    assert [path.name for path in (folder / "bin").iterdir()] == ["hello"]
+    assert subprocess.run([folder / "bin" / "hello"], check=False).returncode == 42
+    assert not build._needs_interpreter(folder / "bin" / "hello")
+    assert not [path for path in folder.rglob("*") if path.is_symlink()]
+
+
+def test_the_key_follows_every_input(guest: Path) -> None:
+    seen = {programs(guest)}
+    assert programs(guest) in seen
+    for name, text in (
+        ("student/flush.c", "int mp_student(void) { return 43; }\n"),
+        ("uapi/megapipe_abi.h", "int mp_answer(void); /* changed */\n"),
+        ("libmegapipe/new.h", "\n"),
+        ("hello.c", HELLO + "/* changed */\n"),
+    ):
+        (guest / name).write_text(text)
+        folder = programs(guest)
+        assert folder not in seen
+        seen.add(folder)
+    assert subprocess.run([folder / "bin" / "hello"], check=False).returncode == 43
+
+
+def test_a_compile_error_shows_the_compilers_text_and_the_given_path(guest: Path) -> None:
+    source = guest / "student" / "flush.c"
+    source.write_text("int mp_student(void) { return undeclared_word; }\n")
+    with pytest.raises(build.CompileError) as caught:
+        programs(guest)
+    assert "undeclared_word" in caught.value.text
+    assert f"{source}:1:31: error:" in caught.value.text
+    source.write_text("int mp_student(void) { return 42; }\n")
+    assert programs(guest).is_dir()
+
+
+def test_a_link_error_is_a_compile_error(guest: Path) -> None:
+    with pytest.raises(build.CompileError, match="mp_student"):
+        build.build_programs([], guest / "uapi")
+
+
+def test_missing_inputs_are_named(guest: Path) -> None:
+    with pytest.raises(build.BuildError, match="nowhere"):
+        build.build_programs([guest / "nowhere.c"], guest / "uapi")
+    twice = guest / "flush.c"
+    twice.write_text("\n")
+    with pytest.raises(build.BuildError, match="same file name"):
+        build.build_programs([twice, guest / "student" / "flush.c"], guest / "uapi")
+
+
+def test_an_image_without_a_library_folder(guest: Path) -> None:
+    shutil.rmtree(guest / "libmegapipe")
+    (guest / "hello.c").write_text("int main(void) { return 0; }\n")
+    assert (build.build_programs([], guest / "uapi") / "bin" / "hello").is_file()
+
+
+def test_the_image_holds_what_the_guest_needs(guest: Path) -> None:
+    module = guest / "some.ko"
+    module.write_bytes(b"module")
+    image = build.build_image(programs(guest), module)
+    entries = listing(image.initramfs)
+    for name in ("init", "bin/busybox", "bin/sh", "bin/hello", "megapipe.ko", "etc/passwd", "tmp"):
+        assert name in entries, name
+    assert entries["init"][0] == "-rwxr-xr-x"
+    assert {(row[2], row[3]) for row in entries.values()} == {("0", "0")}
+    assert not [row for row in entries.values() if row[0][0] in "bcps"]
+    assert not (image.initramfs.parent / "stage").exists()
+
+
+def test_the_images_bytes_repeat(guest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = build.build_image(programs(guest), None)
+    one = first.initramfs.read_bytes()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(guest.parent / "another cache"))
+    second = build.build_image(programs(guest), None)
+    assert second.initramfs != first.initramfs and second.key == first.key
+    assert second.initramfs.read_bytes() == one
+
+
+def test_a_busybox_with_libraries_is_refused(
+    guest: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    found = shutil.which("true")
+    assert found
+    (tools / "busybox").symlink_to(found)
+    folder = programs(guest)
+    monkeypatch.setenv("PATH", str(tools))
+    with pytest.raises(build.BuildError, match="not statically linked"):
+        build.build_image(folder, None)
+    (tools / "busybox").unlink()
+    with pytest.raises(build.BuildError, match="busybox is missing"):
+        build.build_image(folder, None)
