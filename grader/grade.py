@@ -177,8 +177,13 @@ def _build_submission(lab: Lab, variant: Variant, kernel: Kernel) -> Built | str
 
 
 def _first_error(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if "error" in line.lower()]
-    return lines[0] if lines else (text.strip().splitlines() or ["no message"])[0]
+    lines = [line.strip() for line in text.splitlines()]
+    # The compiler's, or else modpost's (an undefined symbol), or whatever comes first.
+    for mark in (" error: ", "ERROR: ", ""):
+        for line in lines:
+            if line and mark in line:
+                return line
+    return "no message"
 
 
 def _measure(

@@ -323,9 +323,12 @@ def build_module(kernel: Kernel, files: Mapping[str, Path]) -> Module:
             capture_output=True,
             text=True,
             check=False,
+            env={**os.environ, "LC_ALL": "C"},
         )
         if done.returncode:
-            raise ModuleError((done.stdout + done.stderr).replace(f"{folder}/", ""))
+            lines = (done.stdout + done.stderr).replace(f"{folder}/", "").splitlines()
+            # What make adds names files that its reader has never seen.
+            raise ModuleError("\n".join(line for line in lines if not line.startswith("make")))
         for path in folder.iterdir():
             if path.suffix in {".o", ".cmd", ".mod"} or path.name.startswith("."):
                 path.unlink()

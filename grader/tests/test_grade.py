@@ -116,9 +116,8 @@ def test_the_solution_gets_everything(kernel: Kernel) -> None:
         check.id: "pass" for check in LAB.checks
     }
     assert graded.score == LAB.max_score
-    crossings = _by_id(graded)["crossings-long"]
-    # 64 transactions are 128 requests, and so at least 128/32 crossings: 1/16 each.
-    assert 1 / 16 <= crossings.measured["syscalls"] <= 0.15
+    # With 64 ready connections per channel: 128 requests in batches of 32, and some waiting.
+    assert _by_id(graded)["crossings-long"].measured["syscalls"] <= 0.15
 
 
 def test_the_starter_works_and_gets_nothing(kernel: Kernel) -> None:

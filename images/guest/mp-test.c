@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: GPL-2.0
 /*
  * Conformance and bad input: every call of libmegapipe, and everything that a
  * program can do wrong to a channel, through the library and below it.

@@ -63,7 +63,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def line(program: Path) -> Iterator[Line]:
     ours, theirs = socket.socketpair()
     ours.settimeout(PATIENCE)
-    process = subprocess.Popen([program, "-"], stdin=theirs, stderr=subprocess.PIPE)
+    process = subprocess.Popen([str(program), "-"], stdin=theirs.fileno(), stderr=subprocess.PIPE)
     theirs.close()
     opened = Line(ours)
     assert opened.next().type is Type.HELLO
