@@ -323,7 +323,8 @@ def build_module(kernel: Kernel, files: Mapping[str, Path]) -> Module:
             capture_output=True,
             text=True,
             check=False,
-            env={**os.environ, "LC_ALL": "C"},
+            # The kernel's makefiles drop LC_ALL, and the compiler then takes the next.
+            env={**os.environ, "LC_ALL": "C", "LC_CTYPE": "C", "LC_MESSAGES": "C"},
         )
         if done.returncode:
             lines = (done.stdout + done.stderr).replace(f"{folder}/", "").splitlines()
