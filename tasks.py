@@ -197,6 +197,30 @@ def grade(
 
 @verb(
     help={
+        "per-connection": "transactions per connection, a list such as 1,10,128",
+        "rounds": "how often each server is measured, in turn",
+        "smp": "number of virtual CPUs",
+        "lab": "whose solution MegaPipe is",
+    }
+)
+def bench(
+    _: Context, per_connection: str = "1,10,128", rounds: int = 3, smp: int = 4, lab: str = LAB
+) -> None:
+    """Measure epoll and MegaPipe side by side."""
+    from grader import bench as module
+    from grader.lab import load_lab
+
+    try:
+        numbers = [int(word) for word in per_connection.split(",")]
+    except ValueError:
+        raise UsageError(
+            f"--per-connection {per_connection}", "give numbers, such as 1,10,128"
+        ) from None
+    module.run(load_lab(lab), numbers, rounds, smp)
+
+
+@verb(
+    help={
         "k": "only the tests whose names match this expression",
         "fast": "leave out the tests that boot a machine",
     }
