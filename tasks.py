@@ -93,10 +93,13 @@ def build(_: Context, debug: bool = False, module_only: bool = False, lab: str =
         progress.say(str(kernel.vmlinux))
         if module_only:
             module = build_module(kernel, {n: variant.files[n] for n in chosen.kernel_files})
-            progress.say(str(module.ko))
+            progress.say(f"{module.ko}")
         else:
             built = station.build(chosen, variant, kernel)
-            progress.say(f"{built.module.ko}\n{built.image.initramfs}")
+            module = built.module
+            progress.say(f"{module.ko}\n{built.image.initramfs}")
+        commands = interactive.write_compile_commands(setup.ROOT, chosen, variant, module)
+        progress.say(str(commands))
 
 
 @verb(

@@ -22,7 +22,8 @@ from grader.machine import Machine, MachineConfig, kvm_works
 from grader.network import Sandbox
 from grader.progress import Progress
 from grader.station import build
-from kernel.build import build_kernel
+from images.build import GUEST
+from kernel.build import UAPI, Module, build_kernel, compile_commands
 
 SERVERS = "mp-server --batch --daemon --port 5000; epoll-server --daemon --port 5001"
 
@@ -34,6 +35,25 @@ def choose_variant(lab: Lab, name: str) -> variants.Variant:
     if name == "starter":
         return variants.starter(lab.folder)
     raise UserError(f"there is no variant called {name}", "choose solution or starter")
+
+
+def write_compile_commands(
+    folder: Path, lab: Lab, variant: variants.Variant, module: Module
+) -> Path:
+    """Write compile_commands.json for editors: the module's files and the guest's programs."""
+    commands = compile_commands(module, {n: variant.files[n] for n in lab.kernel_files})
+    library = [variant.files[name] for name in lab.files if name not in lab.kernel_files]
+    sources = [*GUEST.glob("*.c"), *GUEST.glob("*/*.c"), *library]
+    flags = f"-std=gnu11 -O2 -pthread -I{UAPI} -I{GUEST / 'libmegapipe'} -I{GUEST}"
+    commands += [
+        {"directory": str(GUEST), "file": str(path), "command": f"gcc {flags} -c {path}"}
+        for path in sorted(sources)
+    ]
+    target = folder / "compile_commands.json"
+    partial = target.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(commands, indent=1) + "\n")
+    partial.replace(target)
+    return target
 
 
 def boot(lab: Lab, variant: str, smp: int, gdb: bool, debug: bool, kvm: bool) -> None:
@@ -62,18 +82,22 @@ def boot(lab: Lab, variant: str, smp: int, gdb: bool, debug: bool, kvm: bool) ->
         machine = Machine(config)
         machine.__enter__()
     with machine, _announced(machine.sandbox):
-        machine.run(SERVERS)
         terminal = Terminal()
+        if gdb:
+            terminal.print(
+                f"gdb:  gdb {kernel.vmlinux} -ex 'target remote {machine.gdb_socket}' "
+                f"-ex 'add-symbol-file {built.module.ko} {_text_address(machine)}'\n"
+                "The servers do not run yet: set your breakpoints, `continue`, then press Enter "
+                "here.",
+                soft_wrap=True,
+            )
+            input()
+        machine.run(SERVERS)
         terminal.print(
             f"\nLinux {kernel.release}, {smp} vCPUs, {variant}: mp-server --batch listens on port "
             "5000, epoll-server on 5001.\n"
             "From another terminal:  invoke load            (or: invoke load --port 5001)"
         )
-        if gdb:
-            terminal.print(
-                f"gdb:  gdb {kernel.vmlinux} -ex 'target remote {machine.gdb_socket}' "
-                f"-ex 'add-symbol-file {built.module.ko} {_text_address(machine)}'"
-            )
         terminal.print("Leave with Ctrl-] or `poweroff -f`.\n")
         machine.console.interact()
 

@@ -27,10 +27,13 @@ MODULE = HERE / "megapipe"
 UAPI = MODULE / "uapi"
 DEBIAN_TARBALL = Path("/usr/src/linux-source-6.12.tar.xz")
 
+COMMANDS = "compile_commands.json"
+
 # What a build leaves that neither the module nor a debugger needs.
 _LEFTOVERS = ("*.o", "*.a", "*.cmd", ".tmp_vmlinux*", "vmlinux.unstripped")
-# Goes into the key: raise it when the steps below change what they make.
+# Go into the keys: raise them when the steps below change what they make.
 _RECIPE = "1"
+_MODULE_RECIPE = "3"
 # Lines that one build prints (6.12.117); only the progress line rests on it.
 _EXPECTED_STEPS = 2410
 
@@ -306,6 +309,7 @@ def build_module(kernel: Kernel, files: Mapping[str, Path]) -> Module:
     """
     sources = sorted(path for path in MODULE.rglob("*") if path.is_file())
     key = cache.digest(
+        _MODULE_RECIPE,
         kernel.key,
         MODULE,
         *(part for name in sorted(files) for part in (name, files[name].read_bytes())),
@@ -330,8 +334,32 @@ def build_module(kernel: Kernel, files: Mapping[str, Path]) -> Module:
             lines = (done.stdout + done.stderr).replace(f"{folder}/", "").splitlines()
             # What make adds names files that its reader has never seen.
             raise ModuleError("\n".join(line for line in lines if not line.startswith("make")))
+        (folder / COMMANDS).write_text(json.dumps(_compile_commands(kernel, folder), indent=1))
         for path in folder.iterdir():
             if path.suffix in {".o", ".cmd", ".mod"} or path.name.startswith("."):
                 path.unlink()
 
     return Module(cache.entry("module", key, make) / "megapipe.ko", key)
+
+
+def _compile_commands(kernel: Kernel, folder: Path) -> list[dict[str, str]]:
+    """Return how each file was compiled, the files by their names only: see `compile_commands`."""
+    commands = []
+    for path in sorted(folder.glob(".*.o.cmd")):
+        match = re.match(r"savedcmd_\S+ := (gcc .*?) (\S+\.c)\s*(;.*)?\n", path.read_text())
+        if match and not match[2].endswith(".mod.c"):
+            command = f"{match[1]} {match[2]}".replace(f"{folder}/", "")
+            commands.append({"directory": str(kernel.build), "file": Path(match[2]).name,
+                             "command": command})  # fmt: skip
+    return commands
+
+
+def compile_commands(module: Module, files: Mapping[str, Path]) -> list[dict[str, str]]:
+    """Return the module's part of a compile_commands.json, with the files where they are kept."""
+    commands = json.loads((module.ko.parent / COMMANDS).read_text())
+    for entry in commands:
+        name = entry["file"]
+        path = files.get(name, MODULE / name)
+        entry["file"] = str(path)
+        entry["command"] = entry["command"].removesuffix(name) + f"-I{MODULE} {path}"
+    return list(commands)

@@ -1,6 +1,8 @@
 """The kernel's configuration and patches, without building it."""
 
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -112,3 +114,31 @@ def test_an_archive_that_is_no_kernel_is_refused_and_leaves_nothing(
         build.build_kernel()
     left = list((tmp_path / "cache" / "megapipe-lab" / "source").rglob("*"))
     assert left == []
+
+
+def test_the_module_builds_and_tells_editors_how(kernel: build.Kernel) -> None:
+    lab_file = build.HERE.parent / "labs" / "1-batching" / "mp_batch.c"
+    module = build.build_module(kernel, {lab_file.name: lab_file})
+    commands = build.compile_commands(module, {lab_file.name: lab_file})
+    files = {Path(entry["file"]) for entry in commands}
+    assert lab_file in files
+    assert build.MODULE / "main.c" in files
+    for entry in commands:
+        done = subprocess.run(
+            [*shlex.split(entry["command"]), "-fsyntax-only"],
+            cwd=entry["directory"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_mistake_in_a_lab_file_is_the_compilers_words(
+    kernel: build.Kernel, tmp_path: Path
+) -> None:
+    path = tmp_path / "mp_batch.c"
+    path.write_text("int nothing;\nint broken = ;\n")
+    with pytest.raises(build.ModuleError) as caught:
+        build.build_module(kernel, {"mp_batch.c": path})
+    assert caught.value.text.startswith("mp_batch.c:2:14: error:")
