@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -93,12 +94,14 @@ def boot(lab: Lab, variant: str, smp: int, gdb: bool, debug: bool, kvm: bool) ->
             )
             input()
         machine.run(SERVERS)
-        terminal.print(
+        hint = (
             f"\nLinux {kernel.release}, {smp} vCPUs, {variant}: mp-server --batch listens on port "
             "5000, epoll-server on 5001.\n"
-            "From another terminal:  invoke load            (or: invoke load --port 5001)"
+            "Traffic, from another terminal:  invoke load     (or: invoke load --port 5001)\n"
+            "Leave with Ctrl-] or `poweroff -f`.\n"
         )
-        terminal.print("Leave with Ctrl-] or `poweroff -f`.\n")
+        # Through the guest, so that it comes after what the kernel has said so far.
+        machine.run(f"echo {shlex.quote(hint)} > /dev/console")
         machine.console.interact()
 
 
