@@ -3098,6 +3098,32 @@ static void test_emfile(void)
 	close(listener);
 }
 
+/* Handles keep files open, so a channel holds no more than there may be descriptors. */
+static void test_handle_limit(void)
+{
+	struct mp_channel *ch = channel();
+	int listener = listening(), handle, last = -1;
+	struct rlimit limit, small;
+
+	MUST(getrlimit(RLIMIT_NOFILE, &limit));
+	small = limit;
+	small.rlim_cur = 16;
+	MUST(setrlimit(RLIMIT_NOFILE, &small));
+	for (int i = 0; i < 16; i++)
+		last = add(ch, listener);
+	handle = add(ch, listener);
+	EXPECT(mp_flush(ch), 0);
+	WANT(ch, handle, MP_OP_REGISTER, -EMFILE);
+	EXPECT(mp_unregister(ch, handle), 0);
+	EXPECT(mp_unregister(ch, last), 0);
+	add(ch, listener);
+	EXPECT(mp_flush(ch), 0);
+	NOTHING(ch);
+	MUST(setrlimit(RLIMIT_NOFILE, &limit));
+	mp_close(ch);
+	close(listener);
+}
+
 /*
  * Two channels wait; a connection comes, and one of them is told. That one does
  * something else: the connection must go to the other one.
@@ -3388,6 +3414,7 @@ static const struct {
 	{ "many-registrations", test_many_registrations },
 	{ "no-memory", test_no_memory },
 	{ "emfile", test_emfile },
+	{ "handle-limit", test_handle_limit },
 	{ "hand-on", test_hand_on },
 	{ "shared-listener", test_shared_listener },
 	/* These look at what all of the above have left. */

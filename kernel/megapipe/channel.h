@@ -46,6 +46,7 @@ struct mp_channel {
 
 	struct mp_handle **handles;	/* by number, NULL where there is none */
 	u32 nr_handles;			/* slots; grows as numbers are used */
+	u32 nr_registered;		/* slots in use, as many as descriptors at most */
 
 	/*
 	 * @lock guards @ready, @nr_ready and, in each handle, @armed, @link and

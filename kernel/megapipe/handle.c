@@ -11,6 +11,7 @@
 #include <linux/log2.h>
 #include <linux/mm.h>
 #include <linux/net.h>
+#include <linux/sched/signal.h>
 #include <linux/slab.h>
 #include <net/inet_connection_sock.h>
 
@@ -182,6 +183,9 @@ int mp_handle_add(struct mp_channel *ch, u32 number, struct file *file, u64 cook
 		return ret;
 	if (ch->handles[number])
 		return -EEXIST;
+	/* A handle keeps its file open when the descriptor has been closed. */
+	if (ch->nr_registered >= rlimit(RLIMIT_NOFILE))
+		return -EMFILE;
 	h = kmem_cache_zalloc(mp_handle_cache, GFP_KERNEL);
 	if (!h)
 		return -ENOMEM;
@@ -196,6 +200,7 @@ int mp_handle_add(struct mp_channel *ch, u32 number, struct file *file, u64 cook
 		h->wait.flags |= WQ_FLAG_EXCLUSIVE;
 
 	ch->handles[number] = h;
+	ch->nr_registered++;
 	return 0;
 }
 
@@ -230,6 +235,7 @@ static void mp_handle_free(struct mp_handle *h)
 void mp_handle_remove(struct mp_handle *h)
 {
 	h->channel->handles[h->number] = NULL;
+	h->channel->nr_registered--;
 	mp_handle_free(h);
 }
 

@@ -62,6 +62,7 @@ void mp_close(struct mp_channel *ch);
  *   -EOPNOTSUPP	not a TCP socket
  *   -EINVAL	a mask on a socket that does not listen, or an empty one
  *   -EFAULT	the mask is not readable
+ *   -EMFILE	as many are registered as RLIMIT_NOFILE allows descriptors
  *   -ENOMEM
  * and the handle must still be given back with mp_unregister().
  * -ENFILE: all MP_MAX_HANDLES are in use.
