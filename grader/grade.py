@@ -21,6 +21,7 @@ from grader import variant as variants
 from grader.checks import CheckResult
 from grader.errors import UserError
 from grader.experiment import (
+    Compared,
     Comparison,
     ExperimentFailed,
     Failure,
@@ -63,10 +64,24 @@ class Grade:
         return all(result.verdict != "infra" for result in self.checks)
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """How an experiment ended, and the machines that were lost on the way."""
+
+    failure: Failure | None
+    lost: list[Failure]
+
+    def note(self) -> str:
+        """Return what to add to a reason when a lost machine was not the end."""
+        if not self.lost or (self.failure and self.failure.verdict in ("panic", "hang")):
+            return ""
+        return f"; a first machine was lost here ({self.lost[0].reason}), a second was not"
+
+
 class Candidate:
     """The variant to be graded: boots its station when needed, and once more after it is lost."""
 
-    MAX_BOOTS = 2
+    MAX_BOOTS = 3
 
     def __init__(self, built: Built, vcpus: int, stack: ExitStack, progress: Progress) -> None:
         self._built = built
@@ -232,23 +247,30 @@ def _say(progress: Progress, result: CheckResult) -> None:
     progress.say(f"  {result.verdict:8} {result.title}")
 
 
-def _attempt(candidate: Candidate, what: Callable[[Station], None]) -> Failure | None:
-    """Let the candidate do `what`; return how it failed, or None."""
-    station = candidate.station()
-    if station is None:
-        assert candidate.lost is not None
-        return Failure(
-            candidate.lost.verdict,
-            f"not run: the machine was lost {Candidate.MAX_BOOTS} times, last: "
-            f"{candidate.lost.reason}",
-        )
-    try:
-        what(station)
-    except ExperimentFailed as error:
-        if error.failure.verdict in ("panic", "hang"):
+def _attempt(candidate: Candidate, what: Callable[[Station], None]) -> Attempt:
+    """Let the candidate do `what`, and once more in a fresh machine if it loses this one.
+
+    An emulator has faults of its own, which take a machine down once in many boots and not
+    twice at the same place. So what counts is the second time; the first is reported.
+    """
+    lost: list[Failure] = []
+    while True:
+        station = candidate.station()
+        if station is None:
+            assert candidate.lost is not None
+            reason = f"not run: every machine was lost, the last one: {candidate.lost.reason}"
+            return Attempt(replace(candidate.lost, reason=reason), lost)
+        try:
+            what(station)
+        except ExperimentFailed as error:
+            if error.failure.verdict not in ("panic", "hang"):
+                return Attempt(error.failure, lost)
             candidate.abandon(error.failure)
-        return error.failure
-    return None
+            if lost:
+                return Attempt(error.failure, lost)
+            lost.append(error.failure)
+        else:
+            return Attempt(None, lost)
 
 
 def _serve(check: Check, candidate: Candidate, reference: Station, seed: int) -> CheckResult:
@@ -256,9 +278,11 @@ def _serve(check: Check, candidate: Candidate, reference: Station, seed: int) ->
         with Session(station, check.server, check.load, seed) as session:
             session.run(check.transactions)
 
-    failure = _attempt(candidate, run)
+    attempt = _attempt(candidate, run)
+    failure = attempt.failure
     if failure is None:
-        return judge.served(check, check.transactions)
+        result = judge.served(check, check.transactions)
+        return replace(result, reason=result.reason + attempt.note())
     if doubt := _reference_fails(run, reference):
         return judge.failed(
             check, "infra", f"{failure.reason}; but the solution fails here, too: {doubt}"
@@ -291,30 +315,37 @@ def _reduction(
     progress: Progress,
 ) -> list[CheckResult]:
     """Measure starter, solution and submission in turn, and judge every check of this run."""
-    station = candidate.station()
-    if station is None:
-        assert candidate.lost is not None
-        lost = candidate.lost
-        return [judge.failed(c, lost.verdict, f"not run: {lost.reason}") for c in same_run]
+    compared: list[Compared] = []
 
-    stations = {**references, "submission": station}
-    comparison = Comparison(stations, check.server, check.load, seed)
-    rounds = ROUNDS
-    compared = comparison.measure(rounds)
-    while not compared.failures and rounds < MAX_ROUNDS:
+    def run(station: Station) -> None:
+        stations = {**references, "submission": station}
+        comparison = Comparison(stations, check.server, check.load, seed)
+        compared.append(_measure_enough(comparison, check, same_run, progress))
+        if failure := compared[-1].failures.get("submission"):
+            raise ExperimentFailed(failure)
+
+    attempt = _attempt(candidate, run)
+    for name in references:
+        if compared and (failure := compared[-1].failures.get(name)):
+            reason = f"the {name} fails here: {failure.reason}"
+            return [judge.failed(c, "infra", reason) for c in same_run]
+    if attempt.failure is not None:
+        return [_judged(c, attempt.failure) for c in same_run]
+    results = [judge.reduction(c, *compared[-1].samples(c.metric)) for c in same_run]
+    return [replace(result, reason=result.reason + attempt.note()) for result in results]
+
+
+def _measure_enough(
+    comparison: Comparison, check: Check, same_run: list[Check], progress: Progress
+) -> Compared:
+    """Measure in rounds until no step lies within the spread, or often enough."""
+    compared = comparison.measure(ROUNDS)
+    for _ in range(ROUNDS, MAX_ROUNDS, ROUNDS):
+        if compared.failures:
+            break
         shares = {c.id: judge.interval(judge.shares(*compared.samples(c.metric))) for c in same_run}
-        undecided = [c for c in same_run if judge.straddles(c, shares[c.id])]
-        if not undecided:
+        if not any(judge.straddles(c, shares[c.id]) for c in same_run):
             break
         progress.update(f"{check.title}: measuring again, a step is within the spread")
-        rounds += ROUNDS
         compared = comparison.measure(ROUNDS)
-    for name in references:
-        if name in compared.failures:
-            reason = f"the {name} fails here: {compared.failures[name].reason}"
-            return [judge.failed(c, "infra", reason) for c in same_run]
-    if failure := compared.failures.get("submission"):
-        if failure.verdict in ("panic", "hang"):
-            candidate.abandon(failure)
-        return [_judged(c, failure) for c in same_run]
-    return [judge.reduction(c, *compared.samples(c.metric)) for c in same_run]
+    return compared

@@ -65,7 +65,7 @@ _OUTPUT_CAP = 1 << 20
 _SHOWN_LINES = 60
 
 # Seconds on the reference machine.
-_BOOT_LIMIT = 30.0
+_BOOT_LIMIT = 90.0
 _RUN_LIMIT = 30.0
 _GRACE = 3.0
 _DUMP_LIMIT = 5.0
