@@ -156,14 +156,14 @@ def failed(check: Check, verdict: Verdict, reason: str, next_step: str = "") -> 
 
 
 def apply_activity(lab: Lab, results: Sequence[CheckResult]) -> list[CheckResult]:
-    """Take the correctness points away while the optimisation is not active.
+    """Take the points away while the optimisation is not active.
 
-    What the plain way does right is still shown as passed, with 0 points and the reason.
+    What the plain way does right is still shown as passed, with 0 points and the reason. The
+    other costs give no points either: the spread of one must not give any to the starter.
     """
     judge = next(result for result in results if result.id == lab.active_check)
     if judge.verdict == "infra" or judge.measured.get("share", 0.0) >= lab.active_share:
         return list(results)
-    kinds = {check.id: check.kind for check in lab.checks}
     share = judge.measured.get("share")
     seen = "it could not be measured" if share is None else f"now: {max(share, 0):.0%}"
     return [
@@ -173,7 +173,7 @@ def apply_activity(lab: Lab, results: Sequence[CheckResult]) -> list[CheckResult
             reason=f"{result.reason}; no points yet, for the optimisation is not active",
             next_step=f"Points count once check {judge.id} shows {lab.active_share:.0%} ({seen}).",
         )
-        if kinds[result.id] == "serve" and result.verdict == "pass"
+        if result.points > 0
         else result
         for result in results
     ]

@@ -67,13 +67,29 @@ def _results(share: float) -> list[checks.CheckResult]:
     return checks.apply_activity(LAB, results)
 
 
-def test_correctness_counts_only_while_batching_is_active() -> None:
+def test_points_count_only_while_batching_is_active() -> None:
     assert checks.score(_results(0.0)) == 0
     assert checks.score(_results(1.0)) == 100
     plain = next(result for result in _results(0.0) if result.id == SERVE.id)
     assert (plain.verdict, plain.points) == ("pass", 0)
     assert "not active" in plain.reason
     assert "crossings-long" in plain.next_step
+
+
+def test_the_spread_of_another_cost_gives_the_starter_nothing() -> None:
+    results = [
+        checks.served(check, 10)
+        if check.kind == "serve"
+        else checks.reduction(
+            check,
+            [4.0, 4.0],
+            [0.0, 0.0],
+            [4.0, 4.0] if check.id == LAB.active_check else [4.0, 0.0],
+        )
+        for check in LAB.checks
+    ]
+    assert checks.score(results) > 0
+    assert checks.score(checks.apply_activity(LAB, results)) == 0
 
 
 def test_activity_takes_nothing_when_the_machine_was_at_fault() -> None:
