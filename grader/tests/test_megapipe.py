@@ -29,7 +29,8 @@ ON_DEBUG = [
 ]
 
 
-@pytest.fixture(scope="module")
+# A machine for each test: one that is lost costs no other test.
+@pytest.fixture
 def station(kernel: Kernel) -> Iterator[Station]:
     with Station(build(LAB, variants.solution(LAB.folder), kernel)) as booted:
         yield booted
