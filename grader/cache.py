@@ -8,6 +8,7 @@ the next build of the same entry removes.
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,6 +72,13 @@ def locked(name: str, waiting: Callable[[], None] | None = None) -> Iterator[Non
         yield
     finally:
         lock.release()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it holds the old text or the new one, however this ends."""
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def entry(kind: str, key: str, make: Callable[[Path], None]) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import subprocess
 from collections.abc import Iterator
@@ -51,9 +50,7 @@ def write_compile_commands(
         for path in sorted(sources)
     ]
     target = folder / "compile_commands.json"
-    partial = target.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(commands, indent=1) + "\n")
-    partial.replace(target)
+    cache.write_whole(target, json.dumps(commands, indent=1) + "\n")
     return target
 
 
@@ -119,9 +116,7 @@ def _announced(sandbox: Sandbox) -> Iterator[None]:
     """Let `invoke load` in another terminal find this machine."""
     process = psutil.Process(sandbox.pid)
     state = {"pid": process.pid, "created": process.create_time()}
-    partial = _state().with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(state))
-    partial.replace(_state())
+    cache.write_whole(_state(), json.dumps(state))
     try:
         yield
     finally:

@@ -102,9 +102,7 @@ def _archive_digest(path: Path) -> str:
         pass
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    partial = memory.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps({"identity": identity, "sha256": sha256}))
-    partial.replace(memory)
+    cache.write_whole(memory, json.dumps({"identity": identity, "sha256": sha256}))
     return sha256
 
 
