@@ -92,7 +92,7 @@ def build(_: Context, debug: bool = False, module_only: bool = False, lab: str =
         kernel = build_kernel(debug, progress)
         progress.say(str(kernel.vmlinux))
         if module_only:
-            module = build_module(kernel, {n: variant.files[n] for n in chosen.kernel_files})
+            module = build_module(kernel, station.kernel_files(chosen, variant))
             progress.say(f"{module.ko}")
         else:
             built = station.build(chosen, variant, kernel)
@@ -106,7 +106,7 @@ def build(_: Context, debug: bool = False, module_only: bool = False, lab: str =
     help={
         "smp": "number of virtual CPUs",
         "variant": "whose lab files: starter or solution",
-        "gdb": "wait for gdb before the first instruction",
+        "gdb": "wait for gdb before the servers start",
         "debug": "the kernel with the checkers",
         "kvm": "use KVM (faster; never used for a grade)",
         "lab": "which lab",
@@ -166,10 +166,16 @@ def load(
         "variant": "grade the starter or the solution instead",
         "json": "write the result here as well",
         "lab": "which lab",
+        "seed": "of the load's payload, to repeat a run (default: another one each time)",
     }
 )
 def grade(
-    _: Context, submission: str = "", variant: str = "", json: str = "", lab: str = LAB
+    _: Context,
+    submission: str = "",
+    variant: str = "",
+    json: str = "",
+    lab: str = LAB,
+    seed: int = -1,
 ) -> int:
     """Grade; status 0 means graded, whatever the score."""
     from rich.console import Console
@@ -190,11 +196,15 @@ def grade(
     else:
         what = interactive.choose_variant(chosen, variant or "solution")
     progress = Progress()
-    graded = grading.grade(chosen, what, progress=progress)
+    graded = grading.grade(chosen, what, seed=None if seed < 0 else seed, progress=progress)
     if json:
         report.write_json(graded, Path(json))
     report.table(graded, chosen, Console())
     progress.say(f"time: {progress.summary()}")
+    again = f"invoke grade --lab {lab} --seed {graded.environment['seed']}"
+    again += f" --submission {submission}" if submission else f" --variant {variant or 'solution'}"
+    if folder := report.write_bundle(graded, again, setup.ROOT / "results"):
+        progress.say(f"why: {folder} holds consoles, counters, and the command to run it again")
     return 0 if graded.judged else NO_GRADE
 
 

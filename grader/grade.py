@@ -46,6 +46,16 @@ class NoGrade(UserError):
 
 
 @dataclass(frozen=True)
+class MachineEnd:
+    """What one of the submission's machines left behind: for whoever looks for the reason."""
+
+    console: str
+    """The recent text, at most 0.5 MB of it."""
+    counters: Mapping[str, int]
+    """All that the probe counted since the boot, over all vCPUs."""
+
+
+@dataclass(frozen=True)
 class Grade:
     """The outcome of grading one variant; see result.schema.json for the file."""
 
@@ -57,6 +67,8 @@ class Grade:
     environment: Mapping[str, object]
     phases: Mapping[str, float]
     ignored: tuple[str, ...] = ()
+    machines: tuple[MachineEnd, ...] = ()
+    """In the order of their boots; not part of the result file."""
 
     @property
     def judged(self) -> bool:
@@ -89,30 +101,90 @@ class Candidate:
         self._stack = stack
         self._progress = progress
         self._boots = 0
+        self._started: Station | None = None
         self._station: Station | None = None
         self.lost: Failure | None = None
         """Why there is no station any more, once every boot has been used."""
+        self.ends: list[MachineEnd] = []
+
+    def start(self) -> None:
+        """Begin a boot without waiting for it. Raises `NoGrade` if this machine cannot."""
+        self._boots += 1
+        self._started = _start(Station(self._built, self._vcpus, "submission"), self._stack)
 
     def station(self) -> Station | None:
         """Return a running station, or None when the variant has lost all its machines."""
         while self._station is None and self.lost is None:
-            self._boots += 1
+            if self._started is None:
+                self.start()
+            assert self._started is not None
+            station, self._started = self._started, None
             try:
                 with self._progress.phase("boot"):
-                    self._station = self._stack.enter_context(
-                        Station(self._built, self._vcpus, "submission")
-                    )
+                    self._station = station.__enter__()
             except MachineError as error:
+                self.ends.append(MachineEnd(error.console, {}))
                 self.abandon(machine_failure(error))
         return self._station
 
     def abandon(self, failure: Failure) -> None:
         """Give the station up after a panic or a hang."""
-        if self._station is not None:
-            self._station.close()
-            self._station = None
+        self.close()
         if self._boots >= self.MAX_BOOTS:
             self.lost = failure
+
+    def close(self) -> None:
+        """End the machine that runs, if any, and keep what it leaves."""
+        if self._station is not None:
+            total = self._station.probe.read().total
+            counters = {"user": total.user, "kernel": total.kernel, **total.functions}
+            text = self._station.machine.console.transcript.text
+            self.ends.append(MachineEnd(text, counters))
+            self._station.close()
+            self._station = None
+
+
+class References:
+    """Starter and solution, booted: what the submission is compared with."""
+
+    def __init__(
+        self, built: Mapping[str, Built], vcpus: int, stack: ExitStack, progress: Progress
+    ) -> None:
+        self._progress = progress
+        self._ready = False
+        self._stations = {
+            name: _start(Station(reference, vcpus, name), stack)
+            for name, reference in built.items()
+        }
+
+    def stations(self) -> Mapping[str, Station]:
+        """Return the running stations; raises `NoGrade` if one does not boot."""
+        if not self._ready:
+            with self._progress.phase("boot"):
+                for name, station in self._stations.items():
+                    self._progress.update(name)
+                    try:
+                        station.__enter__()
+                    except MachineError as error:
+                        raise _no_boot(name, error) from error
+            self._ready = True
+        return self._stations
+
+
+def _start(station: Station, stack: ExitStack) -> Station:
+    stack.callback(station.close)
+    try:
+        station.start()
+    except MachineError as error:
+        raise _no_boot(station.name, error) from error
+    return station
+
+
+def _no_boot(name: str, error: MachineError) -> NoGrade:
+    return NoGrade(
+        f"the {name} does not boot here: {error}",
+        "run `invoke doctor`; if it finds nothing, report this",
+    )
 
 
 def grade(
@@ -135,6 +207,7 @@ def grade(
         }
     results: list[CheckResult]
     machine: Mapping[str, object] = {}
+    ends: list[MachineEnd] = []
     with progress.phase("submission"):
         built = _build_submission(lab, variant, kernel)
     if isinstance(built, str):
@@ -144,7 +217,7 @@ def grade(
             for check in lab.checks
         ]
     else:
-        results, machine = _measure(lab, built, references, vcpus, seed, progress)
+        results, machine, ends = _measure(lab, built, references, vcpus, seed, progress)
     results = judge.apply_activity(lab, results)
     return Grade(
         lab=lab.name,
@@ -165,6 +238,7 @@ def grade(
         },
         phases=dict(progress.times),
         ignored=variant.ignored,
+        machines=tuple(ends),
     )
 
 
@@ -208,30 +282,23 @@ def _measure(
     vcpus: int,
     seed: int,
     progress: Progress,
-) -> tuple[list[CheckResult], Mapping[str, object]]:
+) -> tuple[list[CheckResult], Mapping[str, object], list[MachineEnd]]:
     """Run every check; return the results in the lab's order, and the machine's description."""
     results: dict[str, CheckResult] = {}
     with ExitStack() as stack:
-        stations: dict[str, Station] = {}
-        with progress.phase("boot"):
-            for name, reference in references.items():
-                progress.update(name)
-                try:
-                    stations[name] = stack.enter_context(Station(reference, vcpus, name))
-                except MachineError as error:
-                    raise NoGrade(
-                        f"the {name} does not boot here: {error}",
-                        "run `invoke doctor`; if it finds nothing, report this",
-                    ) from error
-        description = stations["solution"].machine.environment()
+        # All at once: the references come up while the submission is already being tried.
         candidate = Candidate(built, vcpus, stack, progress)
+        candidate.start()
+        compared_with = References(references, vcpus, stack, progress)
+        candidate.station()
 
         serve = [check for check in lab.checks if check.kind == "serve"]
         with progress.phase("correctness"):
             for check in serve:
                 progress.update(check.title)
-                results[check.id] = _serve(check, candidate, stations["solution"], seed)
+                results[check.id] = _serve(check, candidate, compared_with, seed)
                 _say(progress, results[check.id])
+        stations = compared_with.stations()
         with progress.phase("performance"):
             for check in lab.checks:
                 if check.kind == "reduction" and not check.same_run:
@@ -240,7 +307,9 @@ def _measure(
                     for result in _reduction(check, same, candidate, stations, seed, progress):
                         results[result.id] = result
                         _say(progress, result)
-    return [results[check.id] for check in lab.checks], description
+        description = stations["solution"].machine.environment()
+        candidate.close()
+    return [results[check.id] for check in lab.checks], description, candidate.ends
 
 
 def _say(progress: Progress, result: CheckResult) -> None:
@@ -273,7 +342,7 @@ def _attempt(candidate: Candidate, what: Callable[[Station], None]) -> Attempt:
             return Attempt(None, lost)
 
 
-def _serve(check: Check, candidate: Candidate, reference: Station, seed: int) -> CheckResult:
+def _serve(check: Check, candidate: Candidate, references: References, seed: int) -> CheckResult:
     def run(station: Station) -> None:
         with Session(station, check.server, check.load, seed) as session:
             session.run(check.transactions)
@@ -283,7 +352,7 @@ def _serve(check: Check, candidate: Candidate, reference: Station, seed: int) ->
     if failure is None:
         result = judge.served(check, check.transactions)
         return replace(result, reason=result.reason + attempt.note())
-    if doubt := _reference_fails(run, reference):
+    if doubt := _reference_fails(run, references.stations()["solution"]):
         return judge.failed(
             check, "infra", f"{failure.reason}; but the solution fails here, too: {doubt}"
         )

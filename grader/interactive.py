@@ -6,7 +6,7 @@ import json
 import shlex
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
@@ -21,7 +21,7 @@ from grader.load import Load, LoadSpec, PhaseResult, Stalled, Stopped
 from grader.machine import Machine, MachineConfig, kvm_works
 from grader.network import Sandbox
 from grader.progress import Progress
-from grader.station import build
+from grader.station import build, kernel_files
 from images.build import GUEST
 from kernel.build import UAPI, Module, build_kernel, compile_commands
 
@@ -41,7 +41,7 @@ def write_compile_commands(
     folder: Path, lab: Lab, variant: variants.Variant, module: Module
 ) -> Path:
     """Write compile_commands.json for editors: the module's files and the guest's programs."""
-    commands = compile_commands(module, {n: variant.files[n] for n in lab.kernel_files})
+    commands = compile_commands(module, kernel_files(lab, variant))
     library = [variant.files[name] for name in lab.files if name not in lab.kernel_files]
     sources = [*GUEST.glob("*.c"), *GUEST.glob("*/*.c"), *library]
     flags = f"-std=gnu11 -O2 -pthread -I{UAPI} -I{GUEST / 'libmegapipe'} -I{GUEST}"
@@ -76,10 +76,10 @@ def boot(lab: Lab, variant: str, smp: int, gdb: bool, debug: bool, kvm: bool) ->
         kernel_args=("loglevel=7",) if debug else (),
         symbols=(kernel.vmlinux, built.module.ko),
     )
-    with progress.phase("boot"):
-        machine = Machine(config)
-        machine.__enter__()
-    with machine, _announced(machine.sandbox):
+    with ExitStack() as stack:
+        with progress.phase("boot"):
+            machine = stack.enter_context(Machine(config))
+        stack.enter_context(_announced(machine.sandbox))
         terminal = Terminal()
         if gdb:
             terminal.print(

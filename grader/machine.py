@@ -199,19 +199,34 @@ class Machine:
         self._pending: deque[agent.Frame] = deque()
         self._numbers = itertools.count(1)
         self._argv: list[str] = []
-        self._started_at = 0.0
+        self._started_at = self._begin = 0.0
         self._load = (0.0, 0.0, 0.0)
 
     # ---- life ----------------------------------------------------------------------------------
 
-    def __enter__(self) -> Machine:
+    def start(self) -> None:
+        """Start the emulator without waiting for its kernel: ``with`` does the rest.
+
+        Only for whoever has something else to do meanwhile, such as starting another machine;
+        must be followed by ``with`` or by `close`. Raises `NetworkUnavailable`, or `NotBooted`
+        if there is nothing to boot.
+        """
         for path in (self.config.kernel, self.config.initramfs):
             if not path.is_file():
                 raise NotBooted(f"{path} does not exist", "build it first")
         if shutil.which(QEMU) is None:
             raise NotBooted(f"{QEMU} is missing", "Debian: apt install qemu-system-x86")
         try:
-            self._boot()
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Machine:
+        if not self._argv:
+            self.start()
+        try:
+            self._wait()
         except BaseException:
             self.close()
             raise
@@ -230,10 +245,10 @@ class Machine:
         with _uninterrupted():
             self._stack.close()
 
-    def _boot(self) -> None:
+    def _start(self) -> None:
         self._load = os.getloadavg()
         self._started_at = time.time()
-        begin = time.monotonic()
+        self._begin = time.monotonic()
         self.sandbox = self._stack.enter_context(network.Sandbox())
         if not self.config.exact:
             self.sandbox.add_tap(self.config.queue_pairs)
@@ -251,6 +266,9 @@ class Machine:
                 descriptors=(agent_end.fileno(), monitor_end.fileno()),
             )
         self._stack.callback(self.console.close)
+
+    def _wait(self) -> None:
+        """Wait until the agent has answered and the interrupts are where they belong."""
         try:
             hello = self._next(time.monotonic() + limits.scaled(_BOOT_LIMIT))
             if hello is None:
@@ -265,7 +283,7 @@ class Machine:
             ) from None
         if not self.config.exact:
             self._place_interrupts()
-        self.boot_seconds = time.monotonic() - begin
+        self.boot_seconds = time.monotonic() - self._begin
 
     def _command_line(self, agent_fd: int, monitor_fd: int) -> list[str]:
         config = self.config

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ _COLOURS = {"pass": "green", "infra": "yellow"}
 def as_json(grade: Grade) -> dict[str, Any]:
     """Return the grade as the schema describes it; raises ValidationError if it does not fit."""
     document: dict[str, Any] = {"version": VERSION, **asdict(grade)}
+    del document["machines"]
     document["checks"] = [asdict(result) for result in grade.checks]
     document["ignored"] = list(grade.ignored)
     # The schema speaks about JSON, where a tuple is an array.
@@ -47,7 +49,34 @@ def check_writable(path: Path) -> None:
 
 def write_json(grade: Grade, path: Path) -> None:
     """Write the result file: whole or not at all."""
-    text = json.dumps(as_json(grade), indent=2) + "\n"
+    _write_whole(path, json.dumps(as_json(grade), indent=2) + "\n")
+
+
+def write_bundle(grade: Grade, again: str, parent: Path) -> Path | None:
+    """Keep what tells why a check failed; return the folder, or None if nothing needs telling.
+
+    That is: the result, each machine's console and counters, and `again`, the command that
+    repeats the run. Only a check whose work went wrong counts, not one that costs too much.
+    """
+    wrong = [r for r in grade.checks if r.verdict not in ("pass", "no-build") and not r.measured]
+    if not wrong:
+        return None
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        name = f"{grade.lab}-{grade.variant}-{time.strftime('%Y%m%d-%H%M%S')}-"
+        folder = Path(tempfile.mkdtemp(prefix=name, dir=parent))
+    except OSError as error:
+        raise UserError(f"{parent}: {error.strerror}", "free space, or make it writable") from error
+    folder.chmod(0o755)
+    write_json(grade, folder / "result.json")
+    _write_whole(folder / "again.txt", again + "\n")
+    for number, end in enumerate(grade.machines, 1):
+        _write_whole(folder / f"console-{number}.txt", end.console)
+        _write_whole(folder / f"counters-{number}.json", json.dumps(end.counters, indent=2) + "\n")
+    return folder
+
+
+def _write_whole(path: Path, text: str) -> None:
     try:
         with tempfile.NamedTemporaryFile(
             "w", dir=path.parent, prefix=f".{path.name}.", delete=False
@@ -65,7 +94,7 @@ def write_json(grade: Grade, path: Path) -> None:
     except OSError as error:
         raise UserError(
             f"{path} cannot be written: {error.strerror}",
-            "free space, or name another file with --json",
+            "free space, or name another file",
         ) from error
 
 

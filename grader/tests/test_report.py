@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from grader import checks, report
 from grader.errors import UserError
-from grader.grade import Grade
+from grader.grade import Grade, MachineEnd
 from grader.lab import load_lab
 
 LAB = load_lab("1-batching")
@@ -91,3 +92,28 @@ def test_infra_is_not_reported_as_a_score() -> None:
     text = _text(_grade("infra"))
     assert "score" in text
     assert "score 60" not in text
+
+
+def test_what_went_wrong_is_kept_with_the_command_to_repeat_it(tmp_path: Path) -> None:
+    ends = (MachineEnd("Kernel panic\n", {"syscalls": 7}), MachineEnd("quiet\n", {}))
+    grade = replace(_grade("panic"), machines=ends)
+    folder = report.write_bundle(grade, "invoke grade --seed 1", tmp_path / "results")
+    assert folder is not None
+    assert folder.parent == tmp_path / "results"
+    assert (folder / "console-1.txt").read_text() == "Kernel panic\n"
+    assert json.loads((folder / "counters-1.json").read_text()) == {"syscalls": 7}
+    assert (folder / "console-2.txt").read_text() == "quiet\n"
+    assert (folder / "again.txt").read_text() == "invoke grade --seed 1\n"
+    assert json.loads((folder / "result.json").read_text())["score"] == grade.score
+
+
+def test_nothing_is_kept_of_a_submission_that_is_only_slow(tmp_path: Path) -> None:
+    slow = [
+        checks.served(check, 1)
+        if check.kind == "serve"
+        else checks.reduction(check, [4.0, 4.1], [0.1, 0.11], [4.0, 4.1])
+        for check in LAB.checks
+    ]
+    grade = replace(_grade(), checks=tuple(slow))
+    assert report.write_bundle(grade, "", tmp_path / "results") is None
+    assert not (tmp_path / "results").exists()
