@@ -100,10 +100,15 @@ def test_an_image_without_a_library_folder(guest: Path) -> None:
 
 
 def test_the_image_holds_what_the_guest_needs(guest: Path) -> None:
-    module = guest / "some.ko"
-    module.write_bytes(b"module")
+    source, module = guest / "module.c", guest / "some.ko"
+    source.write_text("int answer(void) { return 42; }\n")
+    subprocess.run(["gcc", "-g", "-c", source, "-o", module], check=True)
+    source.unlink()
     image = build.build_image(programs(guest), module)
     entries = listing(image.initramfs)
+    # Without what only debuggers read.
+    assert b".debug_info" in module.read_bytes()
+    assert 0 < int(entries["megapipe.ko"][4]) < module.stat().st_size
     for name in ("init", "bin/busybox", "bin/sh", "bin/hello", "megapipe.ko", "etc/passwd", "tmp"):
         assert name in entries, name
     assert entries["init"][0] == "-rwxr-xr-x"
