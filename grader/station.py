@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from grader.lab import Lab
+from grader.lab import LABS, Lab
 from grader.machine import Machine, MachineConfig
 from grader.probe import Probe, ProbeConfig, Symbols
 from grader.variant import Variant
 from images.build import Image, build_image, build_programs
-from kernel.build import UAPI, Kernel, Module, build_module
+from kernel.build import UAPI, Kernel, Module, build_module, module_lab_files
 
 
 @dataclass(frozen=True)
@@ -25,26 +27,73 @@ class Built:
     image: Image
 
 
+def kernel_files(lab: Lab, variant: Variant) -> Mapping[str, Path]:
+    """Return the labs' files that go into the module: this lab's, and the others' as given."""
+    files = {}
+    for name in module_lab_files():
+        if name in lab.kernel_files:
+            files[name] = variant.files[name]
+        else:
+            (files[name],) = LABS.glob(f"*/{name}")
+    return files
+
+
 def build(lab: Lab, variant: Variant, kernel: Kernel) -> Built:
     """Compile a variant; a student's mistake is a `ModuleError` or a `CompileError`."""
-    module = build_module(kernel, {name: variant.files[name] for name in lab.kernel_files})
+    module = build_module(kernel, kernel_files(lab, variant))
     library = [variant.files[name] for name in lab.files if name not in lab.kernel_files]
     image = build_image(build_programs(library, UAPI), module.ko)
     return Built(variant, kernel, module, image)
 
 
 class Station:
-    """A variant, booted under TCG with the standard probe; a context manager."""
+    """A variant, booted under TCG with the standard probe; a context manager.
 
-    def __init__(self, built: Built, vcpus: int = 4, name: str = "", memory_mib: int = 512) -> None:
+    `start` begins the boot without waiting for it, so that several boot at a time. Without the
+    probe (not `counted`) everything is faster, and has no cost.
+    """
+
+    def __init__(
+        self,
+        built: Built,
+        vcpus: int = 4,
+        name: str = "",
+        memory_mib: int = 512,
+        counted: bool = True,
+    ) -> None:
         self.built = built
         self.name = name or built.variant.name
-        symbols = Symbols.of_kernel(built.kernel.vmlinux)
-        self.probe = Probe(ProbeConfig.standard(vcpus, symbols), symbols)
+        self._probe: Probe | None = None
+        if counted:
+            symbols = Symbols.of_kernel(built.kernel.vmlinux)
+            self._probe = Probe(ProbeConfig.standard(vcpus, symbols), symbols)
         self._vcpus = vcpus
         self._memory_mib = memory_mib
         self._machine: Machine | None = None
         self._stack = ExitStack()
+
+    def start(self) -> None:
+        """Start the emulator; must be followed by ``with`` or by `close`."""
+        with ExitStack() as stack:
+            probe = stack.enter_context(self._probe) if self._probe else None
+            config = MachineConfig(
+                kernel=self.built.kernel.vmlinux,
+                initramfs=self.built.image.initramfs,
+                vcpus=self._vcpus,
+                memory_mib=self._memory_mib,
+                extra_qemu=tuple(probe.qemu_arguments()) if probe else (),
+                symbols=(self.built.kernel.vmlinux, self.built.module.ko),
+            )
+            self._machine = Machine(config)
+            stack.callback(self._machine.close)
+            self._machine.start()
+            self._stack = stack.pop_all()
+
+    @property
+    def probe(self) -> Probe:
+        """The counters of a station that is `counted`."""
+        assert self._probe is not None
+        return self._probe
 
     @property
     def machine(self) -> Machine:
@@ -54,18 +103,13 @@ class Station:
 
     def __enter__(self) -> Self:
         """Boot. Raises `MachineError` and leaves nothing if it does not get ready."""
-        with ExitStack() as stack:
-            stack.enter_context(self.probe)
-            config = MachineConfig(
-                kernel=self.built.kernel.vmlinux,
-                initramfs=self.built.image.initramfs,
-                vcpus=self._vcpus,
-                memory_mib=self._memory_mib,
-                extra_qemu=tuple(self.probe.qemu_arguments()),
-                symbols=(self.built.kernel.vmlinux, self.built.module.ko),
-            )
-            self._machine = stack.enter_context(Machine(config))
-            self._stack = stack.pop_all()
+        if self._machine is None:
+            self.start()
+        try:
+            self.machine.__enter__()
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def close(self) -> None:

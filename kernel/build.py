@@ -300,8 +300,14 @@ def _run(command: list[str], folder: Path | None = None) -> None:
 # --- the module -------------------------------------------------------------------------------
 
 
+def module_lab_files() -> tuple[str, ...]:
+    """Return the names of the labs' files that megapipe.ko is linked from: Kbuild's mp_*.o."""
+    text = (MODULE / "Kbuild").read_text()
+    return tuple(f"{name}.c" for name in re.findall(r"\b(mp_\w+)\.o\b", text))
+
+
 def build_module(kernel: Kernel, files: Mapping[str, Path]) -> Module:
-    """Build megapipe.ko with these kernel files of the labs (name -> file).
+    """Build megapipe.ko with the labs' kernel files (name -> file), one for each name.
 
     Errors: `ModuleError` with the compiler's text if it does not compile.
     """

@@ -9,7 +9,7 @@ import pytest
 from grader import variant as variants
 from grader.experiment import Session
 from grader.lab import LoadShape, load_lab
-from grader.machine import Machine, MachineConfig
+from grader.machine import Machine
 from grader.station import Station, build
 from kernel.build import Kernel
 
@@ -26,6 +26,13 @@ ON_DEBUG = [
     "close-pending",
     "kill",
     "kmemleak",
+]
+
+ON_DEBUG_LOAD = [
+    LoadShape(64, 1, 64, mode="rounds"),
+    LoadShape(64, 10, 64, mode="rounds"),
+    LoadShape(64, 0, 64, mode="rounds"),
+    LoadShape(8, 2, 65536, close="fin"),
 ]
 
 
@@ -89,14 +96,19 @@ def test_bad_input_of_an_ordinary_user(station: Station) -> None:
 
 
 def test_the_debug_kernel_has_nothing_to_report(debug_kernel: Kernel) -> None:
-    """Bad input and work left pending, under KASAN, lockdep, kmemleak and UBSAN.
+    """The measured load, bad input and work left pending, under KASAN, lockdep, kmemleak, UBSAN.
 
-    A selection, and without the probe: this kernel is some twenty times slower. mp-test without
-    arguments runs everything; each case fails if the kernel's log gets a report.
+    Bad input is a selection, and nothing is counted: this kernel is some twenty times slower.
+    mp-test without arguments runs everything; each case fails if the kernel's log gets a report.
     """
     built = build(LAB, variants.solution(LAB.folder), debug_kernel)
-    config = MachineConfig(debug_kernel.vmlinux, built.image.initramfs, memory_mib=1536)
-    with Machine(config) as machine:
+    with Station(built, memory_mib=1536, counted=False) as station:
+        machine = station.machine
+        for server in (BATCHED, "mp-server"):
+            for shape in ON_DEBUG_LOAD:
+                with Session(station, server, shape, SEED) as session:
+                    each = max(1, shape.transactions_per_connection)
+                    session.run(2 * shape.connections * each)
         done = machine.run(f"mp-test --batch --limit 100 {' '.join(ON_DEBUG)}", timeout=400)
         assert done.status == 0, done.text
         assert done.text.count("ok ") == len(ON_DEBUG)

@@ -13,7 +13,7 @@
 #include "megapipe.h"
 
 struct connection {
-	int fd;
+	int fd;			/* or an lwsocket, which its handle closes */
 	char buffer[];
 };
 
@@ -39,8 +39,16 @@ static void end_connection(struct worker *w, const struct mp_event *event, struc
 {
 	/* No operation is pending on it: each event here was that of the only one. */
 	must("mp_unregister", mp_unregister(w->channel, event->handle));
-	close(c->fd);
+	if (!mp_is_lwsocket(c->fd))
+		close(c->fd);
 	free(c);
+}
+
+static void accept_more(struct worker *w)
+{
+	const struct server_options *o = w->options;
+
+	must("mp_accept", mp_accept(w->channel, w->listener, o->accepts, o->lwsocket));
 }
 
 static void accepted(struct worker *w, const struct mp_event *event)
@@ -49,12 +57,15 @@ static void accepted(struct worker *w, const struct mp_event *event)
 	int handle;
 
 	if (!event->more)
-		must("mp_accept", mp_accept(w->channel, w->listener, w->options->accepts));
+		accept_more(w);
 	if (event->result < 0)	/* aborted meanwhile, or no descriptor is left */
 		return;
 	c = malloc(sizeof(*c) + w->options->buffer);
 	if (!c) {
-		close(event->result);
+		if (mp_is_lwsocket(event->result))
+			must("mp_drop", mp_drop(w->channel, event->result));
+		else
+			close(event->result);
 		return;
 	}
 	c->fd = event->result;
@@ -98,7 +109,8 @@ static void run(struct server_thread *thread)
 {
 	const struct server_options *o = thread->options;
 	struct mp_options options = {
-		.flags = o->batch ? MP_BATCH : 0,
+		.flags = (o->batch ? MP_BATCH : 0) | (o->partition ? MP_PARTITION : 0) |
+			 (o->lwsocket ? MP_LWSOCKET : 0),
 		.threshold = o->threshold,
 		.requests = o->requests,
 		.completions = o->completions,
@@ -112,7 +124,7 @@ static void run(struct server_thread *thread)
 	CPU_SET(thread->index, &mask);
 	w.listener = mp_register(w.channel, thread->listener, NULL, &mask, sizeof(mask));
 	must("mp_register", w.listener);
-	must("mp_accept", mp_accept(w.channel, w.listener, o->accepts));
+	accept_more(&w);
 	must("mp_flush", mp_flush(w.channel));
 	server_ready();
 	for (;;) {

@@ -18,6 +18,18 @@
 #include "uapi/megapipe_abi.h"
 
 struct mp_batch_ops;
+struct mp_partition_ops;
+struct mp_lwsocket_ops;
+struct mp_kind;
+struct mp_job;
+
+/* A place for an lwsocket between its accept and its registration. */
+struct mp_lw_slot {
+	struct socket *sock;		/* NULL: free */
+	u32 next_free;			/* while free: index, or MP_NO_SLOT */
+};
+
+#define MP_NO_SLOT	U32_MAX
 
 /*
  * A channel. Everything above @lock is used by the owning thread alone, inside
@@ -29,6 +41,8 @@ struct mp_channel {
 	struct task_struct *owner;	/* reference: the pointer stays unique */
 	struct mm_struct *mm;		/* reference, likewise; tells an exec() */
 	const struct mp_batch_ops *batch;
+	const struct mp_partition_ops *partition;
+	const struct mp_lwsocket_ops *lwsocket;		/* NULL: descriptors only */
 	struct page **pages;
 	unsigned int nr_pages;
 	u32 sq_entries;
@@ -46,13 +60,20 @@ struct mp_channel {
 
 	struct mp_handle **handles;	/* by number, NULL where there is none */
 	u32 nr_handles;			/* slots; grows as numbers are used */
-	u32 nr_registered;		/* slots in use, as many as descriptors at most */
+
+	struct mp_lw_slot *lw_slots;	/* by number - MP_LWSOCKET_BASE */
+	u32 nr_lw_slots;
+	u32 lw_free;			/* head of the list of free ones */
+
+	/* Handles and waiting lwsockets; as many as descriptors at most. */
+	u32 nr_held;
 
 	/*
 	 * @lock guards @ready, @nr_ready and, in each handle, @armed, @link and
 	 * (while the handle is armed or on the list) @events.
-	 * It is taken by wake-up callbacks, under the lock of the socket's
-	 * wait queue and with interrupts off; nothing is nested inside it.
+	 * It is taken by wake-up callbacks, under the lock of a wait queue and
+	 * with interrupts off, and by jobs under their own lock; nothing is
+	 * nested inside it.
 	 */
 	spinlock_t lock ____cacheline_aligned_in_smp;
 	struct list_head ready;
@@ -62,39 +83,82 @@ struct mp_channel {
 	int sleeping;
 };
 
+/* One place in a wait queue of a handle's file. */
+struct mp_wait {
+	struct mp_handle *handle;
+	/*
+	 * The queue; NULL: not in one. Set by the owner; cleared by it, or by
+	 * the callback when the queue itself goes (POLLFREE).
+	 */
+	wait_queue_head_t *head;
+	wait_queue_entry_t entry;
+};
+
 struct mp_write {
 	struct iov_iter iter;		/* what is left */
 	struct iovec *iov;		/* to be freed, for writev */
-	u32 moved;			/* bytes in the send queue so far */
+	u32 moved;			/* bytes moved so far */
 	u8 op;
 };
 
 /*
- * A handle: one file in one channel. At most one accept, one read and one
- * write are pending at a time; a second one completes with EBUSY.
+ * A handle: one file or lwsocket in one channel. At most one accept, one read
+ * and one write are pending at a time; a second one completes with EBUSY.
  */
 struct mp_handle {
 	struct mp_channel *channel;
+	const struct mp_kind *kind;
 	u32 number;
+	bool light;			/* an lwsocket: no @file, @sock is owned */
+	bool listens;
 	u64 cookie;
 	struct file *file;		/* reference */
-	struct socket *sock;		/* of @file */
+	struct file *listener;		/* of a part: what it is a part of; reference */
+	struct socket *sock;		/* of @file, or the lwsocket; may be NULL */
+	loff_t pos;			/* of files that have a position */
 
 	/* Pending operations; the owner's. @pending: EPOLLIN, EPOLLOUT. */
 	__poll_t pending;
 	u32 accepts;			/* left of an accept; 0: a read is meant */
-	u64 read_addr;
+	bool accept_light;
 	u32 read_len;
+	u64 read_addr;
+	u32 read_moved;			/* bytes so far, of a file with a position */
+	loff_t read_pos;		/* with MP_AT_OFFSET, or -1 */
+	loff_t write_pos;
 	struct mp_write write;
+	struct mp_job *read_job;	/* see job.c */
+	struct mp_job *write_job;
 
 	/* See the channel's @lock. */
 	__poll_t armed;			/* events that make the handle ready */
 	__poll_t events;		/* events that did */
 	struct list_head link;		/* in channel->ready or a batch, or empty */
 
-	/* The callback in the file's wait queue; there while @whead is set. */
-	wait_queue_head_t *whead;
-	wait_queue_entry_t wait;
+	struct mp_wait wait;
+	struct mp_wait *second;		/* of a file with two queues (pipes) */
+};
+
+/*
+ * What differs between kinds of files: one row per kind. Called by the owner.
+ */
+struct mp_kind {
+	/* What poll() would say of @events, EPOLLERR and EPOLLHUP included. */
+	__poll_t (*events)(const struct mp_handle *h, __poll_t events);
+	/*
+	 * Move data without blocking. Bytes, a negative errno, -EAGAIN to be
+	 * called again after the event, or -EIOCBQUEUED: a job has it, see
+	 * job.c.
+	 */
+	ssize_t (*read)(struct mp_handle *h, struct iov_iter *to);
+	ssize_t (*write)(struct mp_handle *h, struct iov_iter *from);
+	/* A write goes on until all of it is moved (a stream). */
+	bool whole;
+	/*
+	 * A file with a position: what cannot be done at once is done by jobs,
+	 * which say themselves when it is, and requests may say MP_AT_OFFSET.
+	 */
+	bool offloads;
 };
 
 static inline struct mp_handle *mp_handle_find(const struct mp_channel *ch, u32 number)
@@ -114,20 +178,41 @@ void mp_post(struct mp_channel *ch, const struct mp_completion *c);
 /* handle.c */
 int mp_handle_init(void);
 void mp_handle_exit(void);
-int mp_handle_add(struct mp_channel *ch, u32 number, struct file *file, u64 cookie);
+struct mp_handle *mp_handle_add(struct mp_channel *ch, u32 number, u64 cookie);
 void mp_handle_remove(struct mp_handle *h);
 void mp_handle_remove_all(struct mp_channel *ch);
-void mp_handle_wait(struct mp_handle *h, __poll_t events);
+int mp_handle_wait(struct mp_handle *h, __poll_t events);
+void mp_handle_unwait(struct mp_handle *h);
 void mp_handle_make_ready(struct mp_handle *h, __poll_t events);
+void mp_handle_notify(struct mp_handle *h, __poll_t events);
+bool mp_may_hold(const struct mp_channel *ch);
+
+/* io.c */
+int mp_register(struct mp_channel *ch, const struct mp_request *req);
+int mp_accept(struct mp_handle *h, const struct mp_request *req);
+int mp_read(struct mp_handle *h, const struct mp_request *req);
+int mp_write(struct mp_handle *h, const struct mp_request *req);
+int mp_disconnect(struct mp_handle *h, const struct mp_request *req);
+int mp_convert(struct mp_handle *h, const struct mp_request *req);
+int mp_drop(struct mp_channel *ch, const struct mp_request *req);
+void mp_progress(struct mp_handle *h, __poll_t events);
+void mp_forget(struct mp_handle *h);
+void mp_lw_drop_all(struct mp_channel *ch);
 
 /* socket.c */
-int mp_socket_register(struct mp_channel *ch, const struct mp_request *req);
-int mp_socket_accept(struct mp_handle *h, const struct mp_request *req);
-int mp_socket_read(struct mp_handle *h, const struct mp_request *req);
-int mp_socket_write(struct mp_handle *h, const struct mp_request *req);
-int mp_socket_disconnect(struct mp_handle *h, const struct mp_request *req);
-__poll_t mp_socket_events(const struct mp_handle *h, __poll_t events);
-void mp_socket_progress(struct mp_handle *h, __poll_t events);
-void mp_socket_forget(struct mp_handle *h);
+const struct mp_kind *mp_socket_kind(const struct socket *sock);
+bool mp_socket_is_tcp(const struct socket *sock);
+extern const struct mp_kind mp_tcp_kind;
+
+/* file.c */
+const struct mp_kind *mp_file_kind(const struct file *file);
+
+/* job.c */
+int mp_job_init(void);
+void mp_job_exit(void);
+int mp_job_start(struct mp_handle *h, struct iov_iter *iter, loff_t pos, bool write);
+bool mp_job_done(struct mp_job *job);
+ssize_t mp_job_take(struct mp_job **job, loff_t *pos);
+void mp_job_forget(struct mp_job **job, struct iovec *iov);
 
 #endif

@@ -16,6 +16,8 @@
 #include <net/inet_connection_sock.h>
 
 #include "batch.h"
+#include "lwsocket.h"
+#include "partition.h"
 
 static struct kmem_cache *mp_handle_cache;
 
@@ -30,9 +32,31 @@ void mp_handle_exit(void)
 	kmem_cache_destroy(mp_handle_cache);
 }
 
-static bool mp_handle_listens(const struct mp_handle *h)
+/* --- becoming ready ----------------------------------------------------------- */
+
+/* The channel's lock is held. */
+static void mp_handle_enlist(struct mp_handle *h)
 {
-	return h->wait.flags & WQ_FLAG_EXCLUSIVE;
+	list_add_tail(&h->link, &h->channel->ready);
+	h->channel->nr_ready++;
+}
+
+/* Returns whether the handle, armed for one of @events, has become ready by it. */
+static bool mp_handle_happened(struct mp_handle *h, __poll_t events)
+{
+	struct mp_channel *ch = h->channel;
+	bool ready = false;
+	unsigned long flags;
+
+	spin_lock_irqsave(&ch->lock, flags);
+	if (h->armed && (events & (h->armed | EPOLLERR | EPOLLHUP))) {
+		h->armed = 0;
+		h->events = events;
+		mp_handle_enlist(h);
+		ready = true;
+	}
+	spin_unlock_irqrestore(&ch->lock, flags);
+	return ready;
 }
 
 /*
@@ -40,99 +64,165 @@ static bool mp_handle_listens(const struct mp_handle *h)
  * lock held, interrupts off. Returns 1 if this handle will deal with the event;
  * of several channels waiting for one listener, exactly one must.
  */
-static int mp_handle_callback(wait_queue_entry_t *wait, unsigned int mode, int sync, void *key)
+static int mp_wait_callback(wait_queue_entry_t *entry, unsigned int mode, int sync, void *key)
 {
-	struct mp_handle *h = container_of(wait, struct mp_handle, wait);
-	struct mp_channel *ch = h->channel;
+	struct mp_wait *w = container_of(entry, struct mp_wait, entry);
+	struct mp_handle *h = w->handle;
 	__poll_t events = key_to_poll(key);
-	bool ready = false;
-	unsigned long flags;
+	bool ready;
 
 	if (!events)	/* a wake-up that does not say what for */
 		events = EPOLLIN | EPOLLOUT | EPOLLERR | EPOLLHUP;
 
-	spin_lock_irqsave(&ch->lock, flags);
-	if (h->armed && (events & (h->armed | EPOLLERR | EPOLLHUP))) {
-		h->armed = 0;
-		h->events = events;
-		list_add_tail(&h->link, &ch->ready);
-		ch->nr_ready++;
-		ready = true;
+	ready = mp_handle_happened(h, events);
+	if (ready) {
+		/*
+		 * The next connection is for the next channel: exclusive waiters
+		 * are served in the order of the queue, and this entry would
+		 * stay first.
+		 */
+		if (h->listens)
+			list_move_tail(&entry->entry, &w->head->head);
+		h->channel->batch->wake(h->channel);
 	}
-	spin_unlock_irqrestore(&ch->lock, flags);
+	if (unlikely(events & POLLFREE)) {
+		/* The queue's memory goes (signalfd), so leave it now. */
+		list_del_init(&entry->entry);
+		/*
+		 * Release: the last access to the handle from here. Pairs with
+		 * the acquire in mp_wait_leave(), which may then not wait for us.
+		 */
+		smp_store_release(&w->head, NULL);
+	}
+	return ready;
+}
 
-	if (!ready)
-		return 0;
-	/*
-	 * The next connection is for the next channel: exclusive waiters are
-	 * served in the order of the queue, and this entry would stay first.
-	 */
-	if (mp_handle_listens(h))
-		list_move_tail(&wait->entry, &h->whead->head);
-	ch->batch->wake(ch);
-	return 1;
+static void mp_wait_join(struct mp_wait *w, struct mp_handle *h, wait_queue_head_t *head)
+{
+	w->handle = h;
+	w->head = head;
+	init_waitqueue_func_entry(&w->entry, mp_wait_callback);
+	if (h->listens)
+		add_wait_queue_exclusive(head, &w->entry);
+	else
+		add_wait_queue(head, &w->entry);
+}
+
+/* Waits for a callback that is running; after it none will. */
+static void mp_wait_leave(struct mp_wait *w)
+{
+	wait_queue_head_t *head;
+
+	/* Whoever frees a queue that was left by POLLFREE does so after a grace period. */
+	rcu_read_lock();
+	head = smp_load_acquire(&w->head);
+	if (head) {
+		spin_lock_irq(&head->lock);
+		list_del_init(&w->entry.entry);
+		spin_unlock_irq(&head->lock);
+		w->head = NULL;
+	}
+	rcu_read_unlock();
 }
 
 struct mp_watch {
 	poll_table table;
 	struct mp_handle *handle;
+	int error;
 };
 
-static void mp_handle_watch(struct file *file, wait_queue_head_t *whead, poll_table *table)
+/* Called by the file's poll operation for each of its wait queues. */
+static void mp_watch_queue(struct file *file, wait_queue_head_t *head, poll_table *table)
 {
-	struct mp_handle *h = container_of(table, struct mp_watch, table)->handle;
+	struct mp_watch *watch = container_of(table, struct mp_watch, table);
+	struct mp_handle *h = watch->handle;
+	struct mp_wait *w = &h->wait;
 
-	if (WARN_ON_ONCE(h->whead))	/* a socket has one wait queue */
+	if (w->head == head)
 		return;
-	h->whead = whead;
-	if (mp_handle_listens(h))
-		add_wait_queue_exclusive(whead, &h->wait);
-	else
-		add_wait_queue(whead, &h->wait);
+	if (w->head) {
+		if (!h->second)
+			h->second = kzalloc(sizeof(*h->second), GFP_KERNEL_ACCOUNT);
+		w = h->second;
+		if (!w || w->head) {
+			watch->error = w ? -EOPNOTSUPP : -ENOMEM;
+			return;
+		}
+	}
+	mp_wait_join(w, h, head);
+}
+
+/* Join the wait queues of the handle's file; 0 or a negative errno. */
+static int mp_handle_watch(struct mp_handle *h)
+{
+	struct mp_watch watch = { .handle = h };
+
+	/* A TCP socket has this one queue. An lwsocket has no file to ask. */
+	if (h->kind == &mp_tcp_kind) {
+		mp_wait_join(&h->wait, h, &h->sock->wq.wait);
+		return 0;
+	}
+	init_poll_funcptr(&watch.table, mp_watch_queue);
+	watch.table._key = EPOLLIN | EPOLLOUT | EPOLLERR | EPOLLHUP;
+	vfs_poll(h->file, &watch.table);
+	if (!watch.error && !h->wait.head)
+		watch.error = -EOPNOTSUPP;
+	return watch.error;
+}
+
+/* Leave the wait queues: no callback runs any more, nor will. */
+void mp_handle_unwait(struct mp_handle *h)
+{
+	struct mp_channel *ch = h->channel;
+
+	mp_wait_leave(&h->wait);
+	if (h->second)
+		mp_wait_leave(h->second);
+	spin_lock_irq(&ch->lock);
+	h->armed = 0;
+	spin_unlock_irq(&ch->lock);
 }
 
 /*
  * Make the handle ready when one of @events happens, or at once if one has
- * happened already.
+ * happened already. Returns 0, or a negative errno: it cannot be waited for.
  *
  * No event is lost in between: the handle is armed before the file is asked,
  * and whoever makes the file ready does so before it calls back.
  */
-void mp_handle_wait(struct mp_handle *h, __poll_t events)
+int mp_handle_wait(struct mp_handle *h, __poll_t events)
 {
 	struct mp_channel *ch = h->channel;
-	struct mp_watch watch = { .handle = h };
 	__poll_t now;
+	int ret;
 
 	spin_lock_irq(&ch->lock);
 	if (!list_empty(&h->link)) {	/* it will be run anyway */
 		spin_unlock_irq(&ch->lock);
-		return;
+		return 0;
 	}
 	h->armed = events;
 	spin_unlock_irq(&ch->lock);
 
-	if (h->whead) {
-		now = mp_socket_events(h, events);
-	} else {
-		init_poll_funcptr(&watch.table, mp_handle_watch);
-		watch.table._key = events | EPOLLERR | EPOLLHUP;
-		now = vfs_poll(h->file, &watch.table) & watch.table._key;
-		/* What is on the error queue (time stamps, say) is not for an operation. */
-		if (!READ_ONCE(h->sock->sk->sk_err))
-			now &= ~EPOLLERR;
+	if (unlikely(!READ_ONCE(h->wait.head)) && !h->kind->offloads) {
+		ret = mp_handle_watch(h);
+		if (ret) {
+			mp_handle_unwait(h);
+			return ret;
+		}
 	}
+	now = h->kind->events(h, events);
 	if (!now)
-		return;
+		return 0;
 
 	spin_lock_irq(&ch->lock);
 	if (h->armed) {			/* else the callback was faster */
 		h->armed = 0;
 		h->events = now;
-		list_add_tail(&h->link, &ch->ready);
-		ch->nr_ready++;
+		mp_handle_enlist(h);
 	}
 	spin_unlock_irq(&ch->lock);
+	return 0;
 }
 
 /* Put the handle on the list by hand: its operation could go on, given room. */
@@ -143,12 +233,22 @@ void mp_handle_make_ready(struct mp_handle *h, __poll_t events)
 	spin_lock_irq(&ch->lock);
 	h->armed = 0;
 	h->events |= events;
-	if (list_empty(&h->link)) {
-		list_add_tail(&h->link, &ch->ready);
-		ch->nr_ready++;
-	}
+	if (list_empty(&h->link))
+		mp_handle_enlist(h);
 	spin_unlock_irq(&ch->lock);
 }
+
+/*
+ * Something that is no wait queue (a job, see job.c) has made @events happen.
+ * Process context; the caller sees to it that the handle stays.
+ */
+void mp_handle_notify(struct mp_handle *h, __poll_t events)
+{
+	if (mp_handle_happened(h, events))
+		h->channel->batch->wake(h->channel);
+}
+
+/* --- making and removing handles ------------------------------------------------ */
 
 static int mp_handle_make_slot(struct mp_channel *ch, u32 number)
 {
@@ -171,46 +271,46 @@ static int mp_handle_make_slot(struct mp_channel *ch, u32 number)
 	return 0;
 }
 
-/* Takes over the reference to @file, but not if it fails. */
-int mp_handle_add(struct mp_channel *ch, u32 number, struct file *file, u64 cookie)
+/* A handle keeps its file open when the descriptor has been closed. */
+bool mp_may_hold(const struct mp_channel *ch)
 {
-	struct socket *sock = sock_from_file(file);
+	return ch->nr_held < rlimit(RLIMIT_NOFILE);
+}
+
+/* Returns a handle that holds nothing yet, or ERR_PTR(). */
+struct mp_handle *mp_handle_add(struct mp_channel *ch, u32 number, u64 cookie)
+{
 	struct mp_handle *h;
 	int ret;
 
 	ret = mp_handle_make_slot(ch, number);
 	if (ret)
-		return ret;
+		return ERR_PTR(ret);
 	if (ch->handles[number])
-		return -EEXIST;
-	/* A handle keeps its file open when the descriptor has been closed. */
-	if (ch->nr_registered >= rlimit(RLIMIT_NOFILE))
-		return -EMFILE;
+		return ERR_PTR(-EEXIST);
+	if (!mp_may_hold(ch))
+		return ERR_PTR(-EMFILE);
 	h = kmem_cache_zalloc(mp_handle_cache, GFP_KERNEL);
 	if (!h)
-		return -ENOMEM;
+		return ERR_PTR(-ENOMEM);
 	h->channel = ch;
 	h->number = number;
 	h->cookie = cookie;
-	h->file = file;
-	h->sock = sock;
 	INIT_LIST_HEAD(&h->link);
-	init_waitqueue_func_entry(&h->wait, mp_handle_callback);
-	if (inet_sk_state_load(sock->sk) == TCP_LISTEN)
-		h->wait.flags |= WQ_FLAG_EXCLUSIVE;
 
 	ch->handles[number] = h;
-	ch->nr_registered++;
-	return 0;
+	ch->nr_held++;
+	return h;
 }
 
 static void mp_handle_free(struct mp_handle *h)
 {
 	struct mp_channel *ch = h->channel;
 
-	/* Waits for a callback that is running; after it none will. */
-	if (h->whead)
-		remove_wait_queue(h->whead, &h->wait);
+	/* First the jobs: one that ends now would put the handle on the list. */
+	mp_forget(h);
+	mp_handle_unwait(h);
+	kfree(h->second);
 
 	spin_lock_irq(&ch->lock);
 	if (!list_empty(&h->link)) {
@@ -223,19 +323,25 @@ static void mp_handle_free(struct mp_handle *h)
 	 * This handle may have been told of a connection that it will now not
 	 * accept; of all the waiters, nobody else was. Tell the next.
 	 */
-	if (h->whead && mp_handle_listens(h) &&
-	    !reqsk_queue_empty(&inet_csk(h->sock->sk)->icsk_accept_queue))
-		wake_up_interruptible_poll(h->whead, EPOLLIN | EPOLLRDNORM);
+	if (h->listens && (h->kind != &mp_tcp_kind ||
+			   !reqsk_queue_empty(&inet_csk(h->sock->sk)->icsk_accept_queue)))
+		wake_up_interruptible_poll(&h->sock->wq.wait, EPOLLIN | EPOLLRDNORM);
 
-	mp_socket_forget(h);
-	fput(h->file);
+	if (h->light) {
+		ch->lwsocket->release(h->sock);
+	} else if (h->listener) {
+		ch->partition->close(h->listener, h->file);
+		fput(h->listener);
+	} else if (h->file) {
+		fput(h->file);
+	}
 	kmem_cache_free(mp_handle_cache, h);
 }
 
 void mp_handle_remove(struct mp_handle *h)
 {
 	h->channel->handles[h->number] = NULL;
-	h->channel->nr_registered--;
+	h->channel->nr_held--;
 	mp_handle_free(h);
 }
 
@@ -250,6 +356,8 @@ void mp_handle_remove_all(struct mp_channel *ch)
 	}
 	kvfree(ch->handles);
 }
+
+/* --- the list of ready handles --------------------------------------------------- */
 
 struct mp_handle *mp_ready_pop(struct mp_channel *ch)
 {
@@ -294,5 +402,5 @@ void mp_run(struct mp_handle *h)
 	/* Disarmed, off the list: the callback leaves @events alone. */
 	events = h->events;
 	h->events = 0;
-	mp_socket_progress(h, events);
+	mp_progress(h, events);
 }

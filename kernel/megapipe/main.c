@@ -15,6 +15,8 @@
 #include <linux/uaccess.h>
 
 #include "batch.h"
+#include "lwsocket.h"
+#include "partition.h"
 
 /* --- executing a request ------------------------------------------------------ */
 
@@ -33,22 +35,28 @@ static int mp_unregister(struct mp_handle *h, const struct mp_request *req)
 }
 
 /*
- * One row per operation. @run returns 0 if the operation has completed or is
- * pending, or the negative errno with which it completes.
+ * One row per operation. @run or @on_channel returns 0 if the operation has
+ * completed or is pending, or the negative errno with which it completes.
  */
 struct mp_operation {
 	int (*run)(struct mp_handle *h, const struct mp_request *req);
+	int (*on_channel)(struct mp_channel *ch, const struct mp_request *req);
+	/* What a request of this operation may have beside its handle. */
 	bool takes_addr;
 	bool takes_len;
+	u8 flags;
 };
 
 static const struct mp_operation mp_operations[MP_NR_OPS] = {
+	[MP_OP_REGISTER]	= { .on_channel = mp_register },
 	[MP_OP_UNREGISTER]	= { mp_unregister },
-	[MP_OP_ACCEPT]		= { mp_socket_accept, .takes_len = true },
-	[MP_OP_READ]		= { mp_socket_read, .takes_addr = true, .takes_len = true },
-	[MP_OP_WRITE]		= { mp_socket_write, .takes_addr = true, .takes_len = true },
-	[MP_OP_WRITEV]		= { mp_socket_write, .takes_addr = true, .takes_len = true },
-	[MP_OP_DISCONNECT]	= { mp_socket_disconnect },
+	[MP_OP_ACCEPT]		= { mp_accept, .takes_len = true, .flags = MP_ACCEPT_LWSOCKET },
+	[MP_OP_READ]		= { mp_read, NULL, true, true, MP_AT_OFFSET },
+	[MP_OP_WRITE]		= { mp_write, NULL, true, true, MP_AT_OFFSET },
+	[MP_OP_WRITEV]		= { mp_write, NULL, true, true, MP_AT_OFFSET },
+	[MP_OP_DISCONNECT]	= { mp_disconnect },
+	[MP_OP_CONVERT]		= { mp_convert },
+	[MP_OP_DROP]		= { .on_channel = mp_drop },
 };
 
 static int mp_try_execute(struct mp_channel *ch, const struct mp_request *req)
@@ -56,19 +64,26 @@ static int mp_try_execute(struct mp_channel *ch, const struct mp_request *req)
 	const struct mp_operation *operation;
 	struct mp_handle *h;
 
-	if (req->op >= MP_NR_OPS || req->flags || req->reserved)
+	if (req->op >= MP_NR_OPS || req->reserved)
 		return -EINVAL;
-	if (req->op == MP_OP_REGISTER)
-		return mp_socket_register(ch, req);
-
 	operation = &mp_operations[array_index_nospec(req->op, MP_NR_OPS)];
-	if (req->cookie || req->fd || (req->addr && !operation->takes_addr) ||
-	    (req->len && !operation->takes_len))
+	if (operation->on_channel)
+		return operation->on_channel(ch, req);
+
+	if (req->fd || req->flags & ~operation->flags ||
+	    (req->cookie && !(req->flags & MP_AT_OFFSET)) ||
+	    (req->addr && !operation->takes_addr) || (req->len && !operation->takes_len))
 		return -EINVAL;
 	h = mp_handle_find(ch, req->handle);
 	if (!h)
 		return -ENOENT;
 	return operation->run(h, req);
+}
+
+/* Does the request name a handle that is there, whose cookie its completion bears? */
+static bool mp_names_handle(const struct mp_request *req)
+{
+	return req->op != MP_OP_REGISTER && req->op != MP_OP_DROP;
 }
 
 void mp_execute(struct mp_channel *ch, const struct mp_request *req)
@@ -81,7 +96,7 @@ void mp_execute(struct mp_channel *ch, const struct mp_request *req)
 			.op = req->op,
 			.handle = req->handle,
 			.result = ret,
-			.cookie = h && req->op != MP_OP_REGISTER ? h->cookie : req->cookie,
+			.cookie = h && mp_names_handle(req) ? h->cookie : req->cookie,
 		};
 
 		mp_post(ch, &c);
@@ -95,9 +110,17 @@ void mp_wake_owner(struct mp_channel *ch)
 	wake_up_process(ch->owner);
 }
 
+/*
+ * A handle may be ready and its operation still not go through: a write finds
+ * room in the send queue but no memory for a buffer, as long as TCP is short of
+ * it. After so many rounds in a row that led to nothing, wait a tick for each.
+ */
+#define MP_FRUITLESS_ROUNDS	16
+
 /* Returns 0 when there is a completion or the time is over, or -EINTR. */
 static int mp_wait(struct mp_channel *ch)
 {
+	unsigned int fruitless = 0;
 	s64 timeout = READ_ONCE(ch->shared->timeout_ns);
 	ktime_t deadline = KTIME_MAX;
 	bool expired = !timeout;
@@ -110,12 +133,17 @@ static int mp_wait(struct mp_channel *ch)
 			return -EINTR;
 		/* A full barrier, paired with that of the wake-up: see ->idle(). */
 		set_current_state(TASK_INTERRUPTIBLE);
-		if (ch->batch->idle(ch))
+		if (ch->batch->idle(ch)) {
 			expired = !schedule_hrtimeout_range(timeout < 0 ? NULL : &deadline,
 							    current->timer_slack_ns,
 							    HRTIMER_MODE_ABS);
-		else if (timeout > 0)	/* what is ready may lead to no completion */
-			expired = ktime_after(ktime_get(), deadline);
+			fruitless = 0;
+		} else {
+			if (++fruitless > MP_FRUITLESS_ROUNDS)
+				schedule_timeout(1);
+			if (timeout > 0)
+				expired = ktime_after(ktime_get(), deadline);
+		}
 		__set_current_state(TASK_RUNNING);
 		ch->batch->awake(ch);
 		cond_resched();
@@ -151,6 +179,7 @@ static long mp_channel_ioctl(struct file *file, unsigned int cmd, unsigned long 
 static void mp_channel_free(struct mp_channel *ch)
 {
 	mp_handle_remove_all(ch);
+	mp_lw_drop_all(ch);
 	mp_ring_destroy(ch);
 	put_task_struct(ch->owner);
 	mmdrop(ch->mm);
@@ -186,14 +215,17 @@ static struct mp_channel *mp_channel_alloc(struct mp_create *args)
 	struct mp_channel *ch;
 	int ret;
 
-	if (args->flags & ~MP_BATCH || args->reserved)
+	if (args->flags & ~(MP_BATCH | MP_PARTITION | MP_LWSOCKET) || args->reserved)
 		return ERR_PTR(-EINVAL);
 	ch = kzalloc(sizeof(*ch), GFP_KERNEL_ACCOUNT);
 	if (!ch)
 		return ERR_PTR(-ENOMEM);
 	spin_lock_init(&ch->lock);
 	INIT_LIST_HEAD(&ch->ready);
+	ch->lw_free = MP_NO_SLOT;
 	ch->batch = args->flags & MP_BATCH ? &mp_batched_ops : &mp_plain_ops;
+	ch->partition = args->flags & MP_PARTITION ? &mp_partitioned_ops : &mp_shared_ops;
+	ch->lwsocket = args->flags & MP_LWSOCKET ? &mp_lightweight_ops : NULL;
 	ch->owner = get_task_struct(current);
 	ch->mm = current->mm;
 	mmgrab(ch->mm);
@@ -257,15 +289,31 @@ static int __init mp_init(void)
 
 	if (ret)
 		return ret;
+	ret = mp_job_init();
+	if (ret)
+		goto err_handle;
+	ret = mp_lightweight_ops.init();
+	if (ret)
+		goto err_job;
 	ret = misc_register(&mp_device);
 	if (ret)
-		mp_handle_exit();
+		goto err_lwsocket;
+	return 0;
+
+err_lwsocket:
+	mp_lightweight_ops.exit();
+err_job:
+	mp_job_exit();
+err_handle:
+	mp_handle_exit();
 	return ret;
 }
 
 static void __exit mp_exit(void)
 {
 	misc_deregister(&mp_device);
+	mp_lightweight_ops.exit();
+	mp_job_exit();
 	mp_handle_exit();
 }
 

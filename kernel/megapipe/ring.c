@@ -75,8 +75,11 @@ int mp_ring_mmap(struct mp_channel *ch, struct vm_area_struct *vma)
 	if (!(vma->vm_flags & VM_SHARED) || vma->vm_pgoff ||
 	    vma_pages(vma) != ch->nr_pages)
 		return -EINVAL;
-	/* Not into a child of fork(), not grown by mremap(), not into a core dump. */
-	vm_flags_set(vma, VM_DONTCOPY | VM_DONTEXPAND | VM_DONTDUMP);
+	/*
+	 * Not into a child of fork(), not grown by mremap(), not into a core
+	 * dump. VM_IO is what keeps madvise(MADV_DOFORK) from undoing the first.
+	 */
+	vm_flags_set(vma, VM_DONTCOPY | VM_DONTEXPAND | VM_DONTDUMP | VM_IO);
 	return vm_map_pages(vma, ch->pages, ch->nr_pages);
 }
 

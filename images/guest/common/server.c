@@ -50,6 +50,8 @@ static void usage(const char *about, const char *name)
 	       "  --daemon          return when ready, serve in the background\n"
 	       "mp-server only:\n"
 	       "  --batch           switch batching on\n"
+	       "  --partition       give each thread an accept queue of its own\n"
+	       "  --lwsocket        accept connections without descriptors\n"
 	       "  --threshold N     requests that gather before they go down (32)\n"
 	       "  --accepts N       connections per accept request (1)\n"
 	       "  --requests N      size of the request ring (256)\n"
@@ -132,14 +134,16 @@ static void become_daemon(void)
 
 int server_main(int argc, char **argv, const char *about, void (*run)(struct server_thread *))
 {
-	enum { PORT = 256, THREADS, BUFFER, DAEMON, BATCH, THRESHOLD, ACCEPTS, REQUESTS,
-	       COMPLETIONS, HELP };
+	enum { PORT = 256, THREADS, BUFFER, DAEMON, BATCH, PARTITION, LWSOCKET,
+	       THRESHOLD, ACCEPTS, REQUESTS, COMPLETIONS, HELP };
 	static const struct option known[] = {
 		{ "port", required_argument, NULL, PORT },
 		{ "threads", required_argument, NULL, THREADS },
 		{ "buffer", required_argument, NULL, BUFFER },
 		{ "daemon", no_argument, NULL, DAEMON },
 		{ "batch", no_argument, NULL, BATCH },
+		{ "partition", no_argument, NULL, PARTITION },
+		{ "lwsocket", no_argument, NULL, LWSOCKET },
 		{ "threshold", required_argument, NULL, THRESHOLD },
 		{ "accepts", required_argument, NULL, ACCEPTS },
 		{ "requests", required_argument, NULL, REQUESTS },
@@ -176,6 +180,12 @@ int server_main(int argc, char **argv, const char *about, void (*run)(struct ser
 			break;
 		case BATCH:
 			options.batch = true;
+			break;
+		case PARTITION:
+			options.partition = true;
+			break;
+		case LWSOCKET:
+			options.lwsocket = true;
 			break;
 		case THRESHOLD:
 			options.threshold = number(name, optarg, 1, 32768);

@@ -15,7 +15,9 @@ struct server_options {
 	int port;
 	int threads;
 	int buffer;		/* bytes per connection, read at a time */
-	bool batch;		/* mp-server only */
+	bool batch;		/* mp-server only, from here on */
+	bool partition;
+	bool lwsocket;
 	int threshold;
 	int accepts;
 	int requests;		/* ring sizes, 0: the library's */

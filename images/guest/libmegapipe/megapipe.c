@@ -8,6 +8,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "channel.h"
@@ -42,7 +43,10 @@ static void release_completion(struct mp_channel *ch)
 /* Nobody will see this completion: the descriptor that it may bring must not stay open. */
 static void discard(const struct mp_completion *c)
 {
-	if (c->op == MP_OP_ACCEPT && c->result >= 0)
+	/* An lwsocket goes with its channel, if not before: see deliver(). */
+	if (c->op == MP_OP_ACCEPT && c->result >= 0 && !mp_is_lwsocket(c->result))
+		close(c->result);
+	if (c->op == MP_OP_CONVERT && c->result >= 0)
 		close(c->result);
 }
 
@@ -279,9 +283,16 @@ int mp_unregister(struct mp_channel *ch, int handle)
 	return ret;
 }
 
-int mp_accept(struct mp_channel *ch, int handle, unsigned int count)
+int mp_accept(struct mp_channel *ch, int handle, unsigned int count, bool is_lwsocket)
 {
-	return request_on(ch, MP_OP_ACCEPT, handle, NULL, count);
+	struct mp_request req = {
+		.op = MP_OP_ACCEPT,
+		.flags = is_lwsocket ? MP_ACCEPT_LWSOCKET : 0,
+		.handle = handle,
+		.len = count,
+	};
+
+	return handle_used(ch, handle) ? request(ch, req) : -EBADF;
 }
 
 int mp_read(struct mp_channel *ch, int handle, void *buffer, size_t size)
@@ -299,9 +310,46 @@ int mp_writev(struct mp_channel *ch, int handle, const struct iovec *buffers, un
 	return request_on(ch, MP_OP_WRITEV, handle, buffers, count);
 }
 
+static int request_at(struct mp_channel *ch, enum mp_op op, int handle, const void *buffer,
+		      size_t size, int64_t offset)
+{
+	struct mp_request req = {
+		.op = op,
+		.flags = MP_AT_OFFSET,
+		.handle = handle,
+		.cookie = offset,
+		.addr = (uintptr_t)buffer,
+		.len = size > UINT32_MAX ? UINT32_MAX : size,
+	};
+
+	return handle_used(ch, handle) ? request(ch, req) : -EBADF;
+}
+
+int mp_pread(struct mp_channel *ch, int handle, void *buffer, size_t size, int64_t offset)
+{
+	return request_at(ch, MP_OP_READ, handle, buffer, size, offset);
+}
+
+int mp_pwrite(struct mp_channel *ch, int handle, const void *buffer, size_t size, int64_t offset)
+{
+	return request_at(ch, MP_OP_WRITE, handle, buffer, size, offset);
+}
+
 int mp_disconnect(struct mp_channel *ch, int handle)
 {
 	return request_on(ch, MP_OP_DISCONNECT, handle, NULL, 0);
+}
+
+int mp_convert(struct mp_channel *ch, int handle)
+{
+	return request_on(ch, MP_OP_CONVERT, handle, NULL, 0);
+}
+
+int mp_drop(struct mp_channel *ch, int lwsocket)
+{
+	struct mp_request req = { .op = MP_OP_DROP, .fd = lwsocket };
+
+	return mp_is_lwsocket(lwsocket) ? request(ch, req) : -EBADF;
 }
 
 /* --- events -------------------------------------------------------------------- */
@@ -309,12 +357,16 @@ int mp_disconnect(struct mp_channel *ch, int handle)
 /* Returns false if this completion is not for the application. */
 static bool deliver(struct mp_channel *ch, const struct mp_completion *c, struct mp_event *event)
 {
+	if (c->op == MP_OP_DROP)	/* comes only if it failed: it was gone */
+		return false;
 	if (c->handle >= (unsigned int)ch->nr_handles)
 		return false;
 	if (ch->handles[c->handle].state == HANDLE_LEAVING) {
 		/* Whatever came before the handle was out is dropped. */
 		if (c->op == MP_OP_UNREGISTER)
 			handle_free(ch, c->handle);
+		else if (c->op == MP_OP_ACCEPT && c->result >= 0 && mp_is_lwsocket(c->result))
+			mp_drop(ch, c->result);
 		else
 			discard(c);
 		return false;
@@ -331,12 +383,21 @@ static bool deliver(struct mp_channel *ch, const struct mp_completion *c, struct
 	return true;
 }
 
+static long long now_ms(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec * 1000LL + now.tv_nsec / 1000000;
+}
+
 int mp_dispatch(struct mp_channel *ch, struct mp_event *event, int timeout_ms)
 {
+	long long deadline = timeout_ms > 0 ? now_ms() + timeout_ms : 0;
 	bool delivered;
 	int ret;
 
-	do {
+	for (;;) {
 		if (ch->aside_count) {
 			delivered = deliver(ch, &ch->aside[ch->aside_first++], event);
 			if (!--ch->aside_count)
@@ -348,6 +409,13 @@ int mp_dispatch(struct mp_channel *ch, struct mp_event *event, int timeout_ms)
 			delivered = deliver(ch, first_completion(ch), event);
 			release_completion(ch);
 		}
-	} while (!delivered);
-	return 1;
+		if (delivered)
+			return 1;
+		/* What was dropped took its time, too. */
+		if (timeout_ms > 0) {
+			long long left = deadline - now_ms();
+
+			timeout_ms = left > 0 ? left : 0;
+		}
+	}
 }

@@ -24,29 +24,47 @@
 /* Ring sizes are powers of two. */
 #define MP_MAX_ENTRIES		32768U
 
+/*
+ * The numbers of lwsockets that have been accepted and not registered yet start
+ * here, where no descriptor reaches.
+ */
+#define MP_LWSOCKET_BASE	(1 << 30)
+
 /* mp_create.flags: the optimisations to switch on for this channel. */
 #define MP_BATCH		(1U << 0)
+#define MP_PARTITION		(1U << 1)
+#define MP_LWSOCKET		(1U << 2)
 
 enum mp_op {
 	/*
-	 * Put descriptor @fd into the channel as @handle. @cookie comes back
-	 * with each of the handle's completions. @addr and @len give the CPU
-	 * mask (@len bytes, as for sched_setaffinity()) of a listening socket;
-	 * 0 and 0: every CPU. Completes only when it fails.
+	 * Put @fd, a descriptor or the number of an lwsocket, into the channel
+	 * as @handle. @cookie comes back with each of the handle's completions.
+	 * @addr and @len give the CPU mask (@len bytes, as for
+	 * sched_setaffinity()) of a listening socket; 0 and 0: every CPU.
+	 * Completes only when it fails.
 	 */
 	MP_OP_REGISTER,
 	/*
 	 * Take @handle out, dropping what it still waits for. Its number may
-	 * be used again when this completes.
+	 * be used again when this completes. A descriptor stays open; an
+	 * lwsocket is closed; the part of a partitioned listener that was this
+	 * handle's is given up, and the connections in its queue are reset.
 	 */
 	MP_OP_UNREGISTER,
 	/*
 	 * Accept @len connections on the listening socket @handle. Each makes
 	 * a completion: @result is the new descriptor (close-on-exec,
-	 * non-blocking), @queued is how many connections are still waiting.
+	 * non-blocking), @queued is how many connections are still waiting in
+	 * the same queue. With MP_ACCEPT_LWSOCKET in @flags, in a channel with
+	 * MP_LWSOCKET and on a TCP socket, @result is the number of an lwsocket,
+	 * MP_LWSOCKET_BASE or more.
 	 */
 	MP_OP_ACCEPT,
-	/* Read up to @len bytes to @addr. @result: bytes, 0 at end of file. */
+	/*
+	 * Read up to @len bytes to @addr. @result: bytes, 0 at end of file.
+	 * Files that have a position: from there, and it moves; or with
+	 * MP_AT_OFFSET in @flags from @cookie, and it stays.
+	 */
 	MP_OP_READ,
 	/*
 	 * Write @len bytes from @addr. Completes when all of them are in the
@@ -58,13 +76,25 @@ enum mp_op {
 	MP_OP_WRITEV,
 	/* Like shutdown(SHUT_RDWR); neither frees nor unregisters. */
 	MP_OP_DISCONNECT,
+	/*
+	 * Give the lwsocket @handle a descriptor (@result, close-on-exec,
+	 * non-blocking). The handle stays what it is; from now on
+	 * MP_OP_UNREGISTER leaves the connection open.
+	 */
+	MP_OP_CONVERT,
+	/* Close the lwsocket @fd, which has not been registered. */
+	MP_OP_DROP,
 	MP_NR_OPS
 };
+
+/* mp_request.flags */
+#define MP_ACCEPT_LWSOCKET	(1U << 0)	/* MP_OP_ACCEPT */
+#define MP_AT_OFFSET		(1U << 1)	/* MP_OP_READ, _WRITE, _WRITEV */
 
 /* One request: 32 bytes. Fields that an operation does not use must be 0. */
 struct mp_request {
 	__u8	op;		/* enum mp_op */
-	__u8	flags;		/* none so far */
+	__u8	flags;
 	__u16	reserved;
 	__u32	handle;
 	__u64	cookie;

@@ -1,0 +1,61 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * MegaPipe: the interface behind which lightweight sockets live.
+ *
+ * An lwsocket is a TCP connection that belongs to a channel and to nothing
+ * else: a struct sock, and the struct socket that the operations take, but no
+ * inode, no dentry, no struct file and no descriptor.
+ *
+ * Numbers, handles and limits are the given code's; here is what the thing is
+ * made of.
+ */
+#ifndef MEGAPIPE_LWSOCKET_H
+#define MEGAPIPE_LWSOCKET_H
+
+#include <linux/fs.h>
+#include <linux/net.h>
+
+struct mp_lwsocket_ops {
+	/* When the module is loaded and unloaded. 0 or a negative errno. */
+	int (*init)(void);
+	void (*exit)(void);
+
+	/*
+	 * Owner, may sleep. Take the next connection out of the queue of
+	 * @listener, without waiting for one. Returns its struct socket, or
+	 * ERR_PTR(): -EAGAIN, there is none; -ENOMEM, -ECONNABORTED, ...;
+	 * -EOPNOTSUPP, make an ordinary descriptor of it instead.
+	 */
+	struct socket *(*accept)(struct socket *listener);
+
+	/*
+	 * Owner, or whoever closes the channel; may sleep. Close the connection
+	 * and free everything. Nobody waits in @lw's wait queue any more, but a
+	 * packet may arrive on another CPU at this moment.
+	 */
+	void (*release)(struct socket *lw);
+
+	/*
+	 * Owner, may sleep. Make an ordinary socket of the connection, packets
+	 * arriving meanwhile: returns its file (no descriptor yet), and @lw is
+	 * free; or ERR_PTR() and nothing has changed. Nobody waits in @lw's
+	 * wait queue.
+	 */
+	struct file *(*convert)(struct socket *lw);
+};
+
+extern const struct mp_lwsocket_ops mp_lightweight_ops;	/* the lab's mp_lwsocket.c */
+
+/*
+ * The kernel's side, from patch 3 of the series (linux/socket.h):
+ *
+ *   int sock_accept_bare(struct socket *sock, struct socket *newsock,
+ *			  struct proto_accept_arg *arg);
+ *
+ * fills in @newsock but for its wait queue, which must have been initialised
+ * (init_waitqueue_head(&newsock->wq.wait)); sock_release(newsock) closes it.
+ * Readers of sk->sk_wq hold nothing but rcu_read_lock(), so the memory of a
+ * wait queue must remain one for a grace period after the release.
+ */
+
+#endif
