@@ -115,6 +115,7 @@ static void mp_wait_leave(struct mp_wait *w)
 
 	/* Whoever frees a queue that was left by POLLFREE does so after a grace period. */
 	rcu_read_lock();
+	/* Pairs with the release in mp_wait_callback(). */
 	head = smp_load_acquire(&w->head);
 	if (head) {
 		spin_lock_irq(&head->lock);
