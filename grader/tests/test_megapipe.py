@@ -25,6 +25,12 @@ ON_DEBUG = [
     "fork",
     "close-pending",
     "kill",
+    "no-memory",
+    "part-storm",
+    "light-convert-traffic",
+    "light-storm",
+    "signalfd",
+    "file-ends",
     "kmemleak",
 ]
 

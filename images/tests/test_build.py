@@ -52,6 +52,34 @@ def test_every_c_file_is_a_program_linked_with_the_library_and_the_given_file(gu
     assert not [path for path in folder.rglob("*") if path.is_symlink()]
 
 
+def test_a_folder_with_a_main_is_one_program_of_all_its_files(guest: Path) -> None:
+    folder = guest / "several"
+    folder.mkdir()
+    (folder / "several.h").write_text("int other(void);\n")
+    (folder / "other.c").write_text('#include "several.h"\nint other(void) { return 7; }\n')
+    (folder / "main.c").write_text('#include "several.h"\nint main(void) { return other(); }\n')
+    built = programs(guest)
+    assert sorted(path.name for path in (built / "bin").iterdir()) == ["hello", "several"]
+    assert subprocess.run([built / "bin" / "several"], check=False).returncode == 7
+    (folder / "several.h").write_text("int other(void); /* changed */\n")
+    assert programs(guest) != built
+
+
+def test_a_changed_header_is_built_again(guest: Path, tmp_path: Path) -> None:
+    shutil.copytree(guest, tmp_path / "guest")
+    folder = tmp_path / "guest" / "several"
+    folder.mkdir()
+    (folder / "several.h").write_text("#define ANSWER 7\n")
+    (folder / "main.c").write_text('#include "several.h"\nint main(void) { return ANSWER; }\n')
+    command = ["make", "--silent", "-f", "guest/Makefile", "S=guest", "O=out", "HEADERS=guest/uapi"]
+    command.append("LIBRARY=guest/student/flush.c")
+    for answer in (7, 8):
+        (folder / "several.h").write_text(f"#define ANSWER {answer}\n")
+        subprocess.run(command, cwd=tmp_path, check=True)
+        done = subprocess.run([tmp_path / "out" / "bin" / "several"], check=False)
+        assert done.returncode == answer
+
+
 def test_the_key_follows_every_input(guest: Path) -> None:
     seen = {programs(guest)}
     assert programs(guest) in seen

@@ -19,16 +19,22 @@ static __poll_t mp_pollable_events(const struct mp_handle *h, __poll_t events)
 	return vfs_poll(h->file, NULL) & (events | EPOLLERR | EPOLLHUP);
 }
 
+/* Does @file know IOCB_NOWAIT? A FIFO does, though only pipe() says so. */
+static bool mp_file_knows_nowait(const struct file *file)
+{
+	return file->f_mode & FMODE_NOWAIT || S_ISFIFO(file_inode(file)->i_mode);
+}
+
 /* Will an operation on @file return -EAGAIN instead of waiting? */
 static bool mp_file_never_blocks(const struct file *file, bool by_iter)
 {
-	return file->f_flags & O_NONBLOCK || (by_iter && file->f_mode & FMODE_NOWAIT);
+	return file->f_flags & O_NONBLOCK || (by_iter && mp_file_knows_nowait(file));
 }
 
 static void mp_init_kiocb(struct kiocb *kiocb, struct file *file)
 {
 	init_sync_kiocb(kiocb, file);
-	if (file->f_mode & FMODE_NOWAIT)
+	if (mp_file_knows_nowait(file))
 		kiocb->ki_flags |= IOCB_NOWAIT;
 }
 
@@ -41,6 +47,8 @@ static ssize_t mp_pollable_read(struct mp_handle *h, struct iov_iter *to)
 
 	if (!(file->f_mode & FMODE_READ))
 		return -EBADF;
+	if (!(file->f_mode & FMODE_CAN_READ))
+		return -EINVAL;
 	if (!mp_file_never_blocks(file, by_iter))
 		return -EOPNOTSUPP;
 	if (!by_iter)
@@ -58,6 +66,8 @@ static ssize_t mp_pollable_write(struct mp_handle *h, struct iov_iter *from)
 
 	if (!(file->f_mode & FMODE_WRITE))
 		return -EBADF;
+	if (!(file->f_mode & FMODE_CAN_WRITE))
+		return -EINVAL;
 	if (!mp_file_never_blocks(file, by_iter))
 		return -EOPNOTSUPP;
 	/* A pipe that nobody reads: the errno, without the signal. */
@@ -161,7 +171,7 @@ const struct mp_kind *mp_file_kind(const struct file *file)
 	if (S_ISREG(mode) || S_ISBLK(mode))
 		return &mp_regular_kind;
 	if (!S_ISDIR(mode) && file_can_poll((struct file *)file) &&
-	    (file->f_mode & FMODE_NOWAIT || file->f_flags & O_NONBLOCK))
+	    (mp_file_knows_nowait(file) || file->f_flags & O_NONBLOCK))
 		return &mp_pollable_kind;
 	return NULL;
 }

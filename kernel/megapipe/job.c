@@ -69,13 +69,10 @@ static ssize_t mp_job_move(struct mp_job *job)
 
 	init_sync_kiocb(&kiocb, job->file);
 	kiocb.ki_pos = job->pos;
-	if (job->write) {
-		file_start_write(job->file);
+	if (job->write)
 		ret = vfs_iocb_iter_write(job->file, &kiocb, &job->iter);
-		file_end_write(job->file);
-	} else {
+	else
 		ret = vfs_iocb_iter_read(job->file, &kiocb, &job->iter);
-	}
 	if (ret > 0)
 		job->pos = kiocb.ki_pos;
 	/* A worker gets no signals; whoever asked is not to be told of one either. */

@@ -1,17 +1,14 @@
 // SPDX-License-Identifier: GPL-2.0
 /* Attacks below the library. */
 #define _GNU_SOURCE
-#include <errno.h>
-#include <fcntl.h>
 #include <poll.h>
-#include <stdatomic.h>
 #include <stdlib.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
-#include <sys/socket.h>
 #include <unistd.h>
 
+#include "arena.h"
 #include "test.h"
 
 static void test_ioctls(void)
@@ -289,197 +286,7 @@ static void test_wait_raw(void)
 	raw_close(&r);
 }
 
-/* What random requests act on. Its handles are 0 .. ENDS - 1, with gaps. */
-enum { ENDS = 16, LISTENERS = 4 };
-
-struct arena {
-	struct raw r;
-	int ends[ENDS];
-	int peers[ENDS];
-	char *memory;		/* requests may do to it what they like */
-	uint32_t sq_head;	/* the kernel's: known from what crossings return */
-	uint32_t cq_head;	/* one that the kernel has accepted */
-	unsigned int refused, done;
-	atomic_bool over;
-};
-
-enum { ARENA_MEMORY = 1 << 16 };
-
-static uint64_t random_address(struct arena *a, uint64_t *seed)
-{
-	switch (random_next(seed) % 8) {
-	case 0:
-		return 0;
-	case 1:
-		return random_next(seed);
-	case 2:
-		return (uintptr_t)KERNEL_ADDRESS + random_next(seed) % 4096;
-	case 3:
-		return (uintptr_t)a->r.shared + random_next(seed) % a->r.args.bytes;
-	default:
-		return (uintptr_t)a->memory + random_next(seed) % ARENA_MEMORY;
-	}
-}
-
-static struct mp_request random_request(struct arena *a, uint64_t *seed)
-{
-	struct mp_request q = {
-		.op = random_next(seed) % MP_NR_OPS,
-		.handle = random_next(seed) % (ENDS + 2),
-	};
-
-	if (q.op != MP_OP_UNREGISTER && q.op != MP_OP_DISCONNECT)
-		q.len = random_next(seed) % 4 ? random_next(seed) % 3 : random_next(seed);
-	if (q.op == MP_OP_REGISTER) {
-		q.fd = a->ends[random_next(seed) % ENDS];
-		q.cookie = random_next(seed);
-		if (random_next(seed) % 8)
-			q.len = 0;
-	}
-	if (q.op >= MP_OP_READ && q.op <= MP_OP_WRITEV)
-		q.addr = random_address(a, seed);
-	/* Resets and unregistrations must not win, or nothing else happens. */
-	if ((q.op == MP_OP_DISCONNECT || q.op == MP_OP_UNREGISTER) && random_next(seed) % 8)
-		q.op = MP_OP_REGISTER;
-	switch (random_next(seed) % 64) {
-	case 0:
-		q.flags = random_next(seed);
-		break;
-	case 1:
-		q.reserved = random_next(seed);
-		break;
-	case 2:
-		q.fd = random_next(seed);
-		break;
-	case 3:
-		q.handle = random_next(seed);
-		break;
-	case 4:
-		q.op = random_next(seed);
-		break;
-	case 5:
-		q.cookie = random_next(seed);
-		break;
-	}
-	return q;
-}
-
-static void arena_fill(struct arena *a, int end)
-{
-	struct pair p;
-
-	if (end < LISTENERS) {
-		a->ends[end] = listening();
-		MUST(fcntl(a->ends[end], F_SETFL, O_NONBLOCK));
-		a->peers[end] = connected(a->ends[end]);
-		return;
-	}
-	p = tcp_pair(end % 2 ? 4096 : 0);
-	a->ends[end] = p.mine;
-	a->peers[end] = p.peer;
-}
-
-static void arena_make(struct arena *a)
-{
-	char *memory;
-
-	*a = (struct arena){ .r = raw_channel(16, 16) };
-	/* A gap ends what is read into the memory, and another one what is read into the rings. */
-	memory = mmap(NULL, 2 * ARENA_MEMORY, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	TRUE(memory != MAP_FAILED);
-	a->memory = memory;
-	MUST(mprotect(memory, ARENA_MEMORY, PROT_READ | PROT_WRITE));
-	memory = mremap(a->r.shared, a->r.args.bytes, a->r.args.bytes,
-			MREMAP_MAYMOVE | MREMAP_FIXED, memory + ARENA_MEMORY + 4096);
-	TRUE(memory != MAP_FAILED);
-	a->r.shared = (void *)memory;
-	a->r.sq = (void *)(memory + a->r.args.sq_offset);
-	a->r.cq = (void *)(memory + a->r.args.cq_offset);
-	for (int i = 0; i < ENDS; i++)
-		arena_fill(a, i);
-}
-
-static void arena_end(struct arena *a)
-{
-	raw_close(&a->r);
-	for (int i = 0; i < ENDS; i++) {
-		close(a->ends[i]);
-		close(a->peers[i]);
-	}
-	munmap(a->memory, 2 * ARENA_MEMORY);
-}
-
-/* Let the peers do something, too. */
-static void arena_stir(struct arena *a, uint64_t *seed)
-{
-	int end = random_next(seed) % ENDS;
-	char buffer[512];
-
-	switch (random_next(seed) % 16) {
-	case 0:
-		if (end >= LISTENERS)
-			shutdown(a->peers[end], SHUT_WR);
-		break;
-	case 1:
-		close(a->ends[end]);
-		close(a->peers[end]);
-		arena_fill(a, end);
-		close_range(FIRST_ACCEPTED, ~0U, 0);
-		break;
-	case 2 ... 7:
-		recv(a->peers[end], buffer, sizeof(buffer), MSG_DONTWAIT);
-		break;
-	default:
-		memset(buffer, 0, sizeof(buffer));
-		send(a->peers[end], buffer, random_next(seed) % sizeof(buffer),
-		     MSG_DONTWAIT | MSG_NOSIGNAL);
-	}
-}
-
-/* Cross, with indices that the kernel accepts unless somebody overwrites them. */
-static void arena_cross(struct arena *a, uint64_t *seed)
-{
-	struct mp_shared *shared = a->r.shared;
-	uint32_t cq_head = __atomic_load_n(&shared->cq_tail, __ATOMIC_ACQUIRE);
-	int ret;
-
-	/* Rings are 16 long: what cannot be right is not worth a try. */
-	if (cq_head - a->cq_head > 16)
-		cq_head = a->cq_head + random_next(seed) % 17;
-	__atomic_store_n(&shared->cq_head, cq_head, __ATOMIC_RELEASE);
-	__atomic_store_n(&shared->sq_tail, a->sq_head + random_next(seed) % 17, __ATOMIC_RELEASE);
-	ret = enter(a->r.fd, MP_ENTER_SUBMIT);
-	if (ret == -EBADMSG) {
-		/* This one is always right. */
-		a->refused++;
-		__atomic_store_n(&shared->cq_head, a->cq_head, __ATOMIC_RELEASE);
-		__atomic_store_n(&shared->sq_tail, a->sq_head, __ATOMIC_RELEASE);
-	} else if (ret < 0 || ret > 16) {
-		fail("expected a crossing to take 0 to 16 requests, came %s", show(ret));
-	} else {
-		a->cq_head = cq_head;
-		a->sq_head += ret;
-		a->done += ret;
-	}
-	shared->timeout_ns = random_next(seed) % 4 ? 0 : random_next(seed) % 100000;
-	ret = enter(a->r.fd, MP_ENTER_WAIT);
-	if (ret == -EBADMSG)
-		a->refused++;
-	else if (ret != 0 && ret != -EINTR)
-		fail("expected a crossing to return 0, -EINTR or -EBADMSG, came %s", show(ret));
-}
-
-/* Descriptors that the kernel makes come after all of ours. */
-static void reserve_descriptors(void)
-{
-	struct rlimit limit = { 2048, 2048 };
-	int fd;
-
-	MUST(setrlimit(RLIMIT_NOFILE, &limit));
-	do {
-		fd = MUST(open("/dev/null", O_RDONLY | O_CLOEXEC));
-	} while (fd < FIRST_ACCEPTED - 4 * ENDS);
-}
+/* --- everything at random ------------------------------------------------------------------ */
 
 static void test_random_requests(void)
 {
@@ -487,48 +294,20 @@ static void test_random_requests(void)
 	uint64_t seed = 0x1234567 + batch;
 
 	reserve_descriptors();
-	arena_make(a);
+	arena_make(a, 0);
 	set_timer(100, true);
 	for (int i = 0; i < 1500 * scale; i++) {
-		for (int slot = 0; slot < 16; slot++)
-			a->r.sq[slot] = random_request(a, &seed);
+		arena_requests(a, &seed);
 		arena_cross(a, &seed);
 		if (i % 4 == 0)
 			arena_stir(a, &seed);
 	}
 	if (a->refused)
-		fail("expected right indices to be accepted, %u crossings were refused",
+		fail("expected right indices to be accepted, %lu crossings were refused",
 		     a->refused);
 	TRUE(a->done > 100);
 	arena_end(a);
 	free(a);
-}
-
-static void *scribble(void *argument)
-{
-	struct arena *a = argument;
-	uint64_t seed = (uintptr_t)&seed ^ now_ns();
-	char *memory = (char *)a->r.shared;
-
-	for (int turn = 0; !atomic_load(&a->over); turn++) {
-		for (int i = 0; i < 256; i++) {
-			/* Rarely the indices, or no crossing would get beyond them. */
-			uint64_t what = random_next(&seed) % (turn % 64 ? 28 : 32);
-			struct mp_request *q = &a->r.sq[random_next(&seed) % 16];
-
-			if (what < 24)
-				*q = random_request(a, &seed);
-			else if (what < 28)
-				((volatile char *)q)[random_next(&seed) % 32] = random_next(&seed);
-			else if (what < 30)
-				((volatile char *)memory)[random_next(&seed) % a->r.args.bytes] =
-					random_next(&seed);
-			else
-				((volatile uint32_t *)memory)[random_next(&seed) % 32] =
-					random_next(&seed) % 64;
-		}
-	}
-	return NULL;
 }
 
 static void test_scribble(void)
@@ -538,9 +317,9 @@ static void test_scribble(void)
 	pthread_t threads[2];
 
 	reserve_descriptors();
-	arena_make(a);
+	arena_make(a, 0);
 	for (int i = 0; i < 2; i++)
-		threads[i] = start(scribble, a);
+		threads[i] = start(arena_scribble, a);
 	/* A time-out that was scribbled over may be long. */
 	set_timer(20, true);
 	/* A slow kernel gets more time, but not for ever. */
@@ -553,7 +332,7 @@ static void test_scribble(void)
 	for (int i = 0; i < 2; i++)
 		join(threads[i]);
 	if (!a->done)
-		fail("expected requests to be taken in between, none was; %u crossings were refused",
+		fail("expected requests to be taken in between, none was; %lu crossings were refused",
 		     a->refused);
 	/* And now in order: the channel has survived. */
 	for (int i = 0; i < 16; i++)

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 /* Ends with work pending, and no memory. */
 #define _GNU_SOURCE
-#include <errno.h>
 #include <fcntl.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -255,22 +254,54 @@ static bool no_memory(int ret)
 }
 
 /* A channel's whole life, in which an allocation may fail. */
-static void live(int device_fd, int listener, const struct pair *p, char *data, size_t size)
+/* One request, and what comes of it; returns the result of its completion, or 0. */
+static int try_one(struct raw *r, struct mp_request request)
 {
-	struct mp_create args = { SIZES(8, 8), .flags = batch ? MP_BATCH : 0 };
+	int result = 0;
+
+	raw_put(r, request);
+	EXPECT(enter(r->fd, MP_ENTER_SUBMIT), 1);
+	EXPECT(raw_wait(r, 0, request.op == MP_OP_READ || request.op == MP_OP_WRITE ? 5000000 : 0),
+	       0);
+	while (raw_waiting(r)) {
+		struct mp_completion c = raw_take(r);
+
+		/* Its registration has found no memory. */
+		if (c.result == -ENOENT || c.result == -EBADF)
+			continue;
+		if (!no_memory(c.result) && !no_memory(c.error) && c.op == request.op)
+			result = c.result;
+	}
+	return result;
+}
+
+/* The whole life of a channel, with everything that the module allocates for. */
+static void live(int device_fd, int listener, const struct pair *p, int file, char *data,
+		 size_t size)
+{
+	struct mp_create args = { SIZES(8, 8), .flags = MP_PARTITION | MP_LWSOCKET |
+							(batch ? MP_BATCH : 0) };
 	struct iovec parts[2] = { { data, size }, { data, size } };
-	unsigned char mask = 0xff;
-	const struct mp_request requests[] = {
-		{ .op = MP_OP_REGISTER, .handle = 1, .fd = p->mine },
-		{ .op = MP_OP_REGISTER, .handle = 100000, .fd = listener,
+	unsigned char mask = 0xfe;
+	enum { PAIR = 1, ORIGINAL, LIGHT, FILE_, PART = 100000 };
+	const struct mp_request before[] = {
+		{ .op = MP_OP_REGISTER, .handle = PAIR, .fd = p->mine },
+		{ .op = MP_OP_REGISTER, .handle = ORIGINAL, .fd = listener },
+		{ .op = MP_OP_REGISTER, .handle = PART, .fd = listener,
 		  .addr = (uintptr_t)&mask, .len = 1 },
-		{ .op = MP_OP_READ, .handle = 1, .addr = (uintptr_t)data, .len = 1 },
-		{ .op = MP_OP_ACCEPT, .handle = 100000, .len = 2 },
-		{ .op = MP_OP_WRITEV, .handle = 1, .addr = (uintptr_t)parts, .len = 2 },
-		{ .op = MP_OP_UNREGISTER, .handle = 1 },
+		{ .op = MP_OP_READ, .handle = PAIR, .addr = (uintptr_t)data, .len = 1 },
+		{ .op = MP_OP_ACCEPT, .handle = PART, .len = 2 },
+		{ .op = MP_OP_WRITEV, .handle = PAIR, .addr = (uintptr_t)parts, .len = 2 },
+		{ .op = MP_OP_UNREGISTER, .handle = PAIR },
+		{ .op = MP_OP_REGISTER, .handle = FILE_, .fd = file },
+		{ .op = MP_OP_WRITE, .handle = FILE_, .addr = (uintptr_t)data, .len = 5000,
+		  .flags = MP_AT_OFFSET },
+		{ .op = MP_OP_READ, .handle = FILE_, .addr = (uintptr_t)data, .len = 5000,
+		  .flags = MP_AT_OFFSET },
 	};
 	struct raw r = { .fd = minus_errno(ioctl(device_fd, MP_IOC_CREATE, &args)) };
 	void *memory;
+	int number;
 
 	if (no_memory(r.fd))
 		return;
@@ -284,33 +315,35 @@ static void live(int device_fd, int listener, const struct pair *p, char *data, 
 	r.shared = memory;
 	r.sq = (void *)((char *)memory + args.sq_offset);
 	r.cq = (void *)((char *)memory + args.cq_offset);
-	for (size_t i = 0; i < sizeof(requests) / sizeof(*requests); i++) {
-		raw_put(&r, requests[i]);
-		EXPECT(enter(r.fd, MP_ENTER_SUBMIT), 1);
-		EXPECT(raw_wait(&r, 0, 0), 0);
-		while (raw_waiting(&r)) {
-			struct mp_completion c = raw_take(&r);
+	for (size_t i = 0; i < sizeof(before) / sizeof(*before); i++)
+		try_one(&r, before[i]);
+	number = try_one(&r, (struct mp_request){ .op = MP_OP_ACCEPT, .handle = ORIGINAL, .len = 1,
+						  .flags = MP_ACCEPT_LWSOCKET });
+	if (number >= MP_LWSOCKET_BASE) {
+		int fd;
 
-			/* Its registration has found no memory. */
-			if (c.result == -ENOENT)
-				continue;
-			if (!no_memory(c.result) && c.op == MP_OP_ACCEPT)
-				close(c.result);
-		}
+		try_one(&r, (struct mp_request){ .op = MP_OP_REGISTER, .handle = LIGHT,
+						 .fd = number });
+		fd = try_one(&r, (struct mp_request){ .op = MP_OP_CONVERT, .handle = LIGHT });
+		if (fd > 0)
+			close(fd);
 	}
 	raw_close(&r);
 }
 
-/* Each allocation on the way fails once. Only a kernel with fault injection can do it. */
 static void test_no_memory(void)
 {
 	enum { SIZE = 100000, MOST = 3000 };
 	int fd = open("/proc/thread-self/fail-nth", O_RDWR | O_CLOEXEC), failed;
 	int listener = listening(), device_fd = device();
-	char *data = make_pattern(SIZE);
+	char *data = make_pattern(SIZE), path[64];
+	int file;
 
 	if (fd < 0)
 		return;
+	snprintf(path, sizeof(path), "/tmp/mp-test-memory-%d", getpid());
+	file = MUST(open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
+	MUST(unlink(path));
 	if (!write_text("/sys/kernel/debug/failslab/ignore-gfp-wait", "N") ||
 	    !write_text("/sys/kernel/debug/failslab/verbose", "0") ||
 	    !write_text("/sys/kernel/debug/fail_page_alloc/ignore-gfp-wait", "N") ||
@@ -324,7 +357,7 @@ static void test_no_memory(void)
 
 		wait_backlog(listener, 1);
 		set_fault(fd, failed + 1);
-		live(device_fd, listener, &p, data, SIZE);
+		live(device_fd, listener, &p, file, data, SIZE);
 		EXPECT(pread(fd, text, sizeof(text) - 1, 0) > 0, true);
 		set_fault(fd, 0);
 		EXPECT(open_descriptors(), before);
@@ -335,7 +368,8 @@ static void test_no_memory(void)
 		if (atoi(text))		/* nothing was left to fail */
 			break;
 	}
-	TRUE(failed > 5 && failed < MOST);
+	TRUE(failed > 40 && failed < MOST);
+	close(file);
 	free(data);
 }
 

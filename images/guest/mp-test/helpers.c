@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 /* Sockets, channels, threads and children for the cases, and how they fail. */
 #define _GNU_SOURCE
-#include <errno.h>
 #include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -104,7 +103,6 @@ int bound(int fd)
 	struct sockaddr_in address = {
 		.sin_family = AF_INET,
 		.sin_addr.s_addr = htonl(INADDR_LOOPBACK),
-	
 	};
 
 	MUST(bind(fd, (struct sockaddr *)&address, sizeof(address)));
@@ -274,6 +272,15 @@ char *half_page(int protection)
 
 /* --- channels through the library ------------------------------------------------- */
 
+static struct mp_channel *make_channel(const struct mp_options *options)
+{
+	struct mp_channel *ch = mp_create(options);
+
+	if (!ch)
+		fail("mp_create: %s", strerror(errno));
+	return ch;
+}
+
 struct mp_channel *channel_of(unsigned int requests, unsigned int completions)
 {
 	struct mp_options options = {
@@ -281,11 +288,15 @@ struct mp_channel *channel_of(unsigned int requests, unsigned int completions)
 		.requests = requests,
 		.completions = completions,
 	};
-	struct mp_channel *ch = mp_create(&options);
 
-	if (!ch)
-		fail("mp_create: %s", strerror(errno));
-	return ch;
+	return make_channel(&options);
+}
+
+struct mp_channel *channel_with(unsigned int flags)
+{
+	struct mp_options options = { .flags = flags | (batch ? MP_BATCH : 0) };
+
+	return make_channel(&options);
 }
 
 struct mp_channel *channel(void)
@@ -305,40 +316,50 @@ struct mp_event next(struct mp_channel *ch)
 	return event;
 }
 
+bool may_come(struct mp_channel *ch, struct mp_event *event, int timeout_ms)
+{
+	int ret = mp_dispatch(ch, event, timeout_ms);
+
+	if (ret < 0)
+		fail("expected an event or none, mp_dispatch() gave %s", show(ret));
+	return ret;
+}
+
 const char *op_name(unsigned int op)
 {
 	static const char *const names[] = {
 		"register", "unregister", "accept", "read", "write", "writev", "disconnect",
+		"convert", "drop",
 	};
 
 	return op < MP_NR_OPS ? names[op] : "?";
 }
 
-struct mp_event want_at(int line, struct mp_channel *ch, int handle, unsigned int op,
+struct mp_event want_at(struct place at, struct mp_channel *ch, int handle, unsigned int op,
 			       int result)
 {
 	struct mp_event e = next(ch);
 
 	if (e.handle != handle || e.op != op || e.result != result)
-		fail("line %d: expected %s on handle %d with %s, came %s on %d with %s", line,
+		fail("%s:%d: expected %s on handle %d with %s, came %s on %d with %s", at.file, at.line,
 		     op_name(op), handle, show(result), op_name(e.op), e.handle, show(e.result));
 	return e;
 }
 
-void nothing_at(int line, struct mp_channel *ch)
+void nothing_at(struct place at, struct mp_channel *ch)
 {
 	struct mp_event e;
 	int ret = mp_dispatch(ch, &e, NEVER);
 
 	if (ret < 0)
-		fail("line %d: expected no event, mp_dispatch() gave %s", line, show(ret));
+		fail("%s:%d: expected no event, mp_dispatch() gave %s", at.file, at.line, show(ret));
 	if (ret)
-		fail("line %d: expected no event, came %s on handle %d with %s", line,
+		fail("%s:%d: expected no event, came %s on handle %d with %s", at.file, at.line,
 		     op_name(e.op), e.handle, show(e.result));
 }
 
 /* The same, and the kernel does not pass the time with looking again and again. */
-void sleeps_at(int line, struct mp_channel *ch)
+void sleeps_at(struct place at, struct mp_channel *ch)
 {
 	enum { WHILE = 300 };
 	struct rusage before, after;
@@ -351,8 +372,7 @@ void sleeps_at(int line, struct mp_channel *ch)
 	used = (after.ru_stime.tv_sec - before.ru_stime.tv_sec) * 1000 +
 	       (after.ru_stime.tv_usec - before.ru_stime.tv_usec) / 1000;
 	if (used > WHILE / 2)
-		fail("line %d: expected the thread to sleep %d ms, it was busy for %d of them",
-		     line, WHILE, used);
+		fail("%s:%d: expected the thread to sleep %d ms, it was busy for %d of them", at.file, at.line, WHILE, used);
 }
 
 int add(struct mp_channel *ch, int fd)
@@ -407,8 +427,13 @@ int raw_create(struct mp_create *args)
 
 struct raw raw_channel(uint32_t sq_entries, uint32_t cq_entries)
 {
+	return raw_channel_with(sq_entries, cq_entries, 0);
+}
+
+struct raw raw_channel_with(uint32_t sq_entries, uint32_t cq_entries, unsigned int flags)
+{
 	struct raw r = { .args = { SIZES(sq_entries, cq_entries),
-					.flags = batch ? MP_BATCH : 0 } };
+				   .flags = flags | (batch ? MP_BATCH : 0) } };
 	void *memory;
 
 	r.fd = raw_create(&r.args);

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 /* What all other cases have left behind. */
 #define _GNU_SOURCE
-#include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -54,6 +53,7 @@ static int module_references(void)
 
 static void test_nothing_left(void)
 {
+	TRUE(at_start.sockets >= 0 && at_start.references >= 0);
 	for (int i = 0; i < 300; i++) {
 		if (tcp_sockets() <= at_start.sockets &&
 		    module_references() <= at_start.references)

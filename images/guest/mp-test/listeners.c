@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 /* Several channels at one listener. */
 #define _GNU_SOURCE
-#include <errno.h>
-#include <fcntl.h>
 #include <stdatomic.h>
 #include <sys/resource.h>
 #include <sys/socket.h>

@@ -9,7 +9,6 @@
  * is a failure of that case.
  */
 #define _GNU_SOURCE
-#include <errno.h>
 #include <fcntl.h>
 #include <getopt.h>
 #include <stdio.h>
@@ -28,6 +27,9 @@ static const struct test_case *const groups[] = {
 	attacks_cases,
 	ends_cases,
 	listeners_cases,
+	partitions_cases,
+	lwsockets_cases,
+	files_cases,
 	leftovers_cases,
 };
 
@@ -40,15 +42,14 @@ static void collect_cases(void)
 {
 	for (int group = 0; group < GROUPS; group++)
 		for (const struct test_case *c = groups[group]; c->name; c++)
-			if (nr_cases < MOST_CASES)
-				cases[nr_cases++] = c;
+			cases[nr_cases++] = c;
 }
 
 static int time_limit = 30;	/* seconds, for one case */
 static int kernel_log = -1;
 
 /* The first complaint of the kernel since the last call, or NULL. */
-static const char *kernel_complaint(void)
+const char *kernel_complaint(void)
 {
 	static const char *const signs[] = {
 		"WARNING:", "BUG:", "Oops", "KASAN", "UBSAN", "general protection", "INFO: ",
@@ -91,7 +92,7 @@ static void __attribute__((noreturn)) run_child(int index, int pipe_end)
 }
 
 /* Wait for a child no longer than the time limit. Returns false if it has passed. */
-static bool reap(pid_t pid, int seconds, int *status)
+bool reap(pid_t pid, int seconds, int *status)
 {
 	struct timespec left = { .tv_nsec = 100000000 };
 	uint64_t end = now_ns() + seconds * 1000000000ULL;
@@ -163,8 +164,12 @@ static void usage(void)
 {
 	puts("usage: mp-test [--plain | --batch] [--scale N] [--limit SECONDS] [case...]\n"
 	     "       mp-test --list\n"
+	     "       mp-test --fuzz CALLS [--seed N]\n"
+	     "       mp-test --stress SECONDS [--seed N]\n"
 	     "Runs every case, or those named, in both modes, or in the one named. Long loops go\n"
 	     "round N times as often; a case that takes longer than the limit (30 s) has failed.\n"
+	     "--fuzz makes calls at random, --stress lets servers and clients race, until there were\n"
+	     "so many calls or seconds; the seed that they print repeats them.\n"
 	     "Exit status: 0, all are right; 1, some are not; 2, wrong arguments or no module.");
 }
 
@@ -176,10 +181,15 @@ int main(int argc, char **argv)
 		{ "scale", required_argument, NULL, 's' },
 		{ "limit", required_argument, NULL, 'l' },
 		{ "list", no_argument, NULL, 'L' },
+		{ "fuzz", required_argument, NULL, 'f' },
+		{ "stress", required_argument, NULL, 'S' },
+		{ "seed", required_argument, NULL, 'r' },
 		{ "help", no_argument, NULL, 'h' },
 		{ NULL, 0, NULL, 0 },
 	};
 	bool plain = true, batched = true, right = true;
+	uint64_t calls = 0, seed = now_ns() | 1;
+	int seconds = 0;
 	sigset_t set;
 	int option;
 
@@ -204,6 +214,16 @@ int main(int argc, char **argv)
 			for (int i = 0; i < nr_cases; i++)
 				puts(cases[i]->name);
 			return 0;
+		case 'f':
+			calls = strtoull(optarg, NULL, 0);
+			break;
+		case 'S':
+			seconds = atoi(optarg);
+			break;
+		case 'r':
+			/* The generator needs one that is not 0. */
+			seed = strtoull(optarg, NULL, 0) ?: 1;
+			break;
 		case 'h':
 			usage();
 			return 0;
@@ -242,6 +262,10 @@ int main(int argc, char **argv)
 	if (kernel_log >= 0)
 		lseek(kernel_log, 0, SEEK_END);
 
+	if (calls)
+		return fuzz(calls, seed);
+	if (seconds)
+		return stress(seconds, seed);
 	for (int mode = 0; mode < 2; mode++) {
 		batch = mode;
 		if (!(batch ? batched : plain))

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 /* Other threads and other processes. */
 #define _GNU_SOURCE
-#include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -198,7 +197,7 @@ static void test_unshare(void)
 	join(start(unshare_files, NULL));
 }
 
-static int send_descriptor(int over, int fd)
+int send_descriptor(int over, int fd)
 {
 	char byte = 0, control[CMSG_SPACE(sizeof(int))] = { 0 };
 	struct iovec part = { &byte, 1 };

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 /* Rings that are small, and full. */
 #define _GNU_SOURCE
-#include <errno.h>
-#include <fcntl.h>
 #include <stdlib.h>
 #include <sys/socket.h>
 #include <unistd.h>

@@ -4,6 +4,7 @@
 #ifndef MP_TEST_H
 #define MP_TEST_H
 
+#include <errno.h>
 #include <pthread.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -25,6 +26,9 @@ extern const struct test_case processes_cases[];
 extern const struct test_case attacks_cases[];
 extern const struct test_case ends_cases[];
 extern const struct test_case listeners_cases[];
+extern const struct test_case partitions_cases[];
+extern const struct test_case lwsockets_cases[];
+extern const struct test_case files_cases[];
 extern const struct test_case leftovers_cases[];
 
 enum {
@@ -52,20 +56,28 @@ const char *show(long long value);
 #define EXPECT(expression, want) do {							\
 	long long got_ = (expression), want_ = (want);					\
 	if (got_ != want_)								\
-		fail("line %d: %s: expected %s, came %s", __LINE__, #expression,	\
+		fail("%s:%d: %s: expected %s, came %s", __FILE_NAME__, __LINE__, #expression,	\
 		     show(want_), show(got_));						\
 } while (0)
 
 #define TRUE(condition) do {								\
 	if (!(condition))								\
-		fail("line %d: expected %s", __LINE__, #condition);			\
+		fail("%s:%d: expected %s", __FILE_NAME__, __LINE__, #condition);			\
 } while (0)
+
+/* Where in the cases it is, for helpers that fail in their name. */
+struct place {
+	const char *file;
+	int line;
+};
+
+#define HERE	((struct place){ __FILE_NAME__, __LINE__ })
 
 /* A step without which the case makes no sense. */
 #define MUST(call) ({									\
 	long long must_ = (long long)(call);						\
 	if (must_ == -1)								\
-		fail("line %d: %s: %s", __LINE__, #call, strerror(errno));		\
+		fail("%s:%d: %s: %s", __FILE_NAME__, __LINE__, #call, strerror(errno));		\
 	must_;										\
 })
 
@@ -117,20 +129,24 @@ char *half_page(int protection);
 /* --- channels through the library ------------------------------------------------- */
 
 struct mp_channel *channel_of(unsigned int requests, unsigned int completions);
+/* With MP_PARTITION, MP_LWSOCKET; batching or not as the mode is. */
+struct mp_channel *channel_with(unsigned int flags);
 struct mp_channel *channel(void);
 struct mp_event next(struct mp_channel *ch);
+/* An event that may come or not. Returns whether it did. */
+bool may_come(struct mp_channel *ch, struct mp_event *event, int timeout_ms);
 const char *op_name(unsigned int op);
-struct mp_event want_at(int line, struct mp_channel *ch, int handle, unsigned int op,
+struct mp_event want_at(struct place at, struct mp_channel *ch, int handle, unsigned int op,
 			int result);
-void nothing_at(int line, struct mp_channel *ch);
-void sleeps_at(int line, struct mp_channel *ch);
+void nothing_at(struct place at, struct mp_channel *ch);
+void sleeps_at(struct place at, struct mp_channel *ch);
 int add(struct mp_channel *ch, int fd);
 struct pair added_pair(struct mp_channel *ch, int buffers);
 void still_works(struct mp_channel *ch);
 
-#define WANT(ch, handle, op, result)	want_at(__LINE__, ch, handle, op, result)
-#define NOTHING(ch)	nothing_at(__LINE__, ch)
-#define SLEEPS(ch)	sleeps_at(__LINE__, ch)
+#define WANT(ch, handle, op, result)	want_at(HERE, ch, handle, op, result)
+#define NOTHING(ch)	nothing_at(HERE, ch)
+#define SLEEPS(ch)	sleeps_at(HERE, ch)
 
 /* --- channels below the library ---------------------------------------------------- */
 
@@ -149,6 +165,7 @@ struct raw {
 int device(void);
 int raw_create(struct mp_create *args);
 struct raw raw_channel(uint32_t sq_entries, uint32_t cq_entries);
+struct raw raw_channel_with(uint32_t sq_entries, uint32_t cq_entries, unsigned int flags);
 void raw_close(struct raw *r);
 int enter(int fd, unsigned long flags);
 int raw_wait(struct raw *r, unsigned long flags, int64_t timeout_ns);
@@ -168,13 +185,22 @@ pid_t child(void);
 int status_of(pid_t pid);
 void child_ends_well(pid_t pid);
 int open_descriptors(void);
+/* Over a UNIX socket: 1, or -errno. */
+int send_descriptor(int over, int fd);
 void interrupt(int number);
 void set_timer(int ms, bool again);
 
-/* --- for main() alone ------------------------------------------------------------------ */
+/* --- main.c ------------------------------------------------------------------ */
 
 /* Remember what was there before the first case (leftovers.c). */
 void note_start(void);
+/* The first complaint of the kernel since the last call, or NULL. */
+const char *kernel_complaint(void);
+/* Wait for a child no longer than so many seconds. Returns false if it has not ended. */
+bool reap(pid_t pid, int seconds, int *status);
+/* What --fuzz and --stress do; an exit status. */
+int fuzz(uint64_t calls, uint64_t seed);
+int stress(int seconds, uint64_t seed);
 /* The program that --exec-child starts again (processes.c). */
 int exec_child(char **arguments);
 
