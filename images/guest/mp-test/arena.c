@@ -321,6 +321,8 @@ void *arena_scribble(void *argument)
 				((volatile uint32_t *)memory)[random_next(&seed) % 32] =
 					random_next(&seed) % 64;
 		}
+		/* One processor may have to do for all: the crossings are the point. */
+		usleep(100);
 	}
 	return NULL;
 }

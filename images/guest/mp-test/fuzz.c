@@ -17,7 +17,7 @@
 
 #include "arena.h"
 
-enum { CROSSINGS = 400, ROUND_SECONDS = 240 };
+enum { CROSSINGS = 1500, ROUND_SECONDS = 600 };
 
 /* What all rounds have done so far; shared by every process. */
 struct progress {
@@ -169,11 +169,11 @@ static void round_of(uint64_t seed, struct progress *progress)
 		if (!scribbled)
 			arena_requests(a, &seed);
 		arena_cross(a, &seed);
-		if (i % 4 == 0)
+		if (i % 8 == 0)
 			surface(a, scribbled, &seed);
 		atomic_fetch_add(&progress->requests, a->done - done);
 		atomic_fetch_add(&progress->refused, a->refused - refused);
-		atomic_fetch_add(&progress->calls, a->done - done + 2 + (i % 4 == 0));
+		atomic_fetch_add(&progress->calls, a->done - done + 2 + (i % 8 == 0));
 	}
 	switch (choice >> 4 & 3) {
 	case 0:
