@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import shlex
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -82,10 +82,18 @@ def machine_failure(error: MachineError) -> Failure:
 class Session:
     """A server that runs in a station, with a load attached to it; a context manager.
 
+    `sources` are the load's own addresses and ports, see `LoadSpec`.
     Whatever goes wrong is raised as `ExperimentFailed`, with load and server ended.
     """
 
-    def __init__(self, station: Station, server: str, shape: LoadShape, seed: int) -> None:
+    def __init__(
+        self,
+        station: Station,
+        server: str,
+        shape: LoadShape,
+        seed: int,
+        sources: Sequence[str] = (),
+    ) -> None:
         self._station = station
         self._program = shlex.split(server)[0]
         buffer = max(4096, min(shape.size, 65536))
@@ -101,6 +109,7 @@ class Session:
             close=shape.close,
             pause_us=shape.pause_us,
             seed=seed,
+            sources=tuple(sources),
             stall_seconds=scaled(STALL_SECONDS),
         )
         pipe = subprocess.PIPE

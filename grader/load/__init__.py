@@ -62,7 +62,8 @@ class LoadSpec:
     """What to do to the server; the options of ``loadgen --help``, which explains them.
 
     `transactions_per_connection` 0 means unlimited, `seed` None a random one (the result tells
-    which), `warm_up` None as many transactions as `connections` connections do.
+    which), `warm_up` None as many transactions as `connections` connections do. `sources` are
+    this end's addresses, or ``address:port`` for each connection.
     """
 
     address: str

@@ -145,7 +145,7 @@ static struct {
 	double stall;
 	uint64_t pause_us;
 	uint64_t quiet_ms;
-	struct sockaddr_in sources[MAX_SOURCES];
+	struct sockaddr_in sources[MAX_SOURCES + 1];
 	unsigned int n_sources;
 	const char *latency_file;
 	const char *connect_latency_file;
@@ -917,8 +917,14 @@ static void open_one(void)
 	if (opt.n_sources) {
 		struct sockaddr_in *from = &opt.sources[c->number % opt.n_sources];
 
-		/* The port is chosen at connect, where it need only differ per destination. */
-		setsockopt(c->fd, IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &one, sizeof(one));
+		if (from->sin_port) {
+			/* One connection at a time has it, and the next has it at once. */
+			from = &opt.sources[(c - conns) % opt.n_sources];
+			setsockopt(c->fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one));
+		} else {
+			/* The port is chosen at connect, where it need only differ per destination. */
+			setsockopt(c->fd, IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &one, sizeof(one));
+		}
 		if (bind(c->fd, (struct sockaddr *)from, sizeof(*from))) {
 			connection_failed(c, CONNECT, errno);
 			return;
@@ -1362,7 +1368,10 @@ static void put_config(FILE *f)
 		char text[INET_ADDRSTRLEN];
 
 		inet_ntop(AF_INET, &opt.sources[i].sin_addr, text, sizeof(text));
-		fprintf(f, "%s\"%s\"", i ? ", " : "", text);
+		fprintf(f, "%s\"%s", i ? ", " : "", text);
+		if (opt.sources[i].sin_port)
+			fprintf(f, ":%u", ntohs(opt.sources[i].sin_port));
+		fputc('"', f);
 	}
 	fputs("]}", f);
 }
@@ -1421,7 +1430,8 @@ static const char help[] =
 	"  --address ADDRESS     IPv4 address\n"
 	"  --port PORT           1 to 65535\n"
 	"  --source LIST         own addresses to use in turn, comma-separated (needed when more\n"
-	"                        connections are open or in TIME_WAIT than an address has ports)\n"
+	"                        connections than one address has ports); or ADDRESS:PORT each,\n"
+	"                        as many as connections: each connection slot then has its own\n"
 	"\n"
 	"The load\n"
 	"  --connections C       simultaneous connections, 1 to 200000 (default 1)\n"
@@ -1512,9 +1522,18 @@ static void parse_sources(const char *text)
 	if (!list)
 		die(OTHER, "out of memory");
 	while ((word = strsep(&rest, ","))) {
-		if (opt.n_sources == MAX_SOURCES)
+		struct sockaddr_in *source = &opt.sources[opt.n_sources];
+		char *port = strchr(word, ':');
+
+		if (opt.n_sources++ == MAX_SOURCES)
 			die(USAGE, "--source: more than %d addresses", MAX_SOURCES);
-		parse_address("source", word, &opt.sources[opt.n_sources++]);
+		if (port)
+			*port++ = '\0';
+		parse_address("source", word, source);
+		if (port)
+			source->sin_port = htons(number("source", port, 1, 65535));
+		if (!port != !opt.sources[0].sin_port)
+			die(USAGE, "--source: give all of them a port, or none");
 	}
 	free(list);
 }
@@ -1659,6 +1678,9 @@ static void parse_options(int argc, char **argv)
 	check_whole("--transactions", opt.transactions);
 	if (!opt.warm_up_given)
 		opt.warm_up = opt.connections * (opt.per_connection ? opt.per_connection : 1);
+	if (opt.n_sources && opt.sources[0].sin_port && opt.connections > opt.n_sources)
+		die(USAGE, "--source: %u connections cannot share %u ports", opt.connections,
+		    opt.n_sources);
 	if (opt.per_connection && opt.warm_up % opt.per_connection)
 		opt.warm_up += opt.per_connection - opt.warm_up % opt.per_connection;
 	opt.to.sin_port = htons((uint16_t)opt.port);

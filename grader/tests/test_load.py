@@ -187,6 +187,17 @@ def test_pause_ramp_and_sources(honest: int) -> None:
     assert phase.wall_ns > 2 * 300_000
 
 
+def test_each_connection_keeps_its_port(honest: int) -> None:
+    sources = ("127.0.0.1:21001", "127.0.0.1:21002", "127.0.0.1:21003")
+    wanted = spec(honest, connections=3, transactions_per_connection=1, sources=sources)
+    with Load(wanted, spawn) as load:
+        load.start()
+        phase = load.go(60)
+        result = load.finish()
+    assert (phase.transactions, phase.error_count) == (60, 0)
+    assert result.config.sources == sources
+
+
 def test_network_counters(honest: int) -> None:
     with Load(spec(honest, connections=2), spawn) as load:
         load.start()
@@ -498,6 +509,15 @@ def test_help() -> None:
         (["--mode=open"], "neither `closed' nor `rounds'"),
         (["--close=now"], "neither `rst' nor `fin'"),
         (["--source=127.0.0.1,"], "not an IPv4 address"),
+        (["--source=127.0.0.1:0"], "source"),
+        (["--source=127.0.0.1:5,127.0.0.1"], "all of them a port, or none"),
+        (
+            [
+                *("--address=127.0.0.1", "--port=1", "--transactions=2"),
+                *("--source=127.0.0.1:5", "--connections=2"),
+            ],
+            "cannot share 1 ports",
+        ),
         (["--surprise"], "unrecognized option"),
         (["--seed"], "requires an argument"),
         (["surprise"], "unexpected argument"),

@@ -10,13 +10,15 @@ from grader import variant as variants
 from grader.experiment import Session
 from grader.lab import LoadShape, load_lab
 from grader.machine import Machine
+from grader.network import HOST_ADDRESS
 from grader.station import Station, build
 from kernel.build import Kernel
 
 LAB = load_lab("1-batching")
 SEED = 7
 BATCHED = "mp-server --batch"
-SERVERS = [BATCHED, "mp-server", "epoll-server"]
+EVERYTHING = "mp-server --batch --partition --lwsocket"
+SERVERS = [EVERYTHING, BATCHED, "mp-server --partition --lwsocket", "mp-server", "epoll-server"]
 ON_DEBUG = [
     "echo",
     "bad-buffer",
@@ -82,8 +84,56 @@ def test_each_counter_of_the_probe_is_executed(station: Station) -> None:
     expected = ["syscalls", "epoll_wait", "read", "write", "accept", "ioctl", "close", "file_alloc",
                 "sock_inode_alloc", "dentry_alloc", "tcp_accept", "tcp_rcv", "tcp_sendmsg",
                 "tcp_recvmsg", "wakeups", "schedules", "context_switches", "virtnet_poll",
-                "start_xmit"]  # fmt: skip
+                "start_xmit", "fd_alloc", "tcp_close"]  # fmt: skip
     assert moved.never_executed(expected) == ()
+
+
+def test_a_lightweight_socket_has_no_file_inode_dentry_or_descriptor(station: Station) -> None:
+    shape = LoadShape(64, 1, 64, mode="rounds")
+    with Session(station, EVERYTHING, shape, SEED) as session:
+        light = session.costs(512, 1024).calls
+    with Session(station, BATCHED, shape, SEED) as session:
+        plain = session.costs(512, 1024).calls
+    for name in ("file_alloc", "inode_alloc", "dentry_alloc", "fd_alloc"):
+        assert light[name] == 0, name
+        assert plain[name] == pytest.approx(1, abs=0.05), name
+    assert light["tcp_accept"] == pytest.approx(1, abs=0.05)
+
+
+def _sources_of_queues(station: Station, each: int) -> dict[int, list[str]]:
+    """Find, for each queue, so many addresses of the load whose connections arrive on it.
+
+    The tap chooses a new flow's queue by a hash that only this machine knows.
+    """
+    found: dict[int, list[str]] = {queue: [] for queue in range(4)}
+    port = 20000
+    # The first reply waits for ARP and leaves from wherever that is answered: the tap takes the
+    # flow there, and on.
+    with Session(station, EVERYTHING, LoadShape(1, 1), SEED) as session:
+        session.run(1)
+    while any(len(sources) < each for sources in found.values()):
+        port += 1
+        source = f"{HOST_ADDRESS}:{port}"
+        before = station.probe.read()
+        with Session(station, EVERYTHING, LoadShape(1, 1), SEED, [source]) as session:
+            session.run(4)
+        arrived = (station.probe.read() - before).functions["tcp_rcv"]
+        if len(found[queue := int(arrived.argmax())]) < each:
+            found[queue].append(source)
+    return found
+
+
+def test_partitioned_work_is_done_where_it_arrives(station: Station) -> None:
+    for queue, sources in _sources_of_queues(station, 6).items():
+        shape = LoadShape(len(sources), 1, 64)
+        with Session(station, EVERYTHING, shape, SEED, sources) as session:
+            before = station.probe.read()
+            session.run(300)
+            moved = station.probe.read() - before
+        for name in ("tcp_accept", "tcp_rcv", "tcp_recvmsg", "tcp_sendmsg", "tcp_close"):
+            calls = moved.functions[name]
+            assert calls.sum() >= 300, name
+            assert calls[queue] >= 0.99 * calls.sum(), (queue, name, calls)
 
 
 def _conformance(machine: Machine, options: str = "", uid: int | None = None) -> None:

@@ -21,6 +21,7 @@ struct worker {
 	const struct server_options *options;
 	struct mp_channel *channel;
 	int listener;		/* handle */
+	bool full;		/* no descriptor is left: accept when one comes back */
 };
 
 /* A call on a channel fails only when the channel itself is lost. */
@@ -35,6 +36,14 @@ static void read_more(struct worker *w, const struct mp_event *event, struct con
 	must("mp_read", mp_read(w->channel, event->handle, c->buffer, w->options->buffer));
 }
 
+static void accept_more(struct worker *w)
+{
+	const struct server_options *o = w->options;
+
+	w->full = false;
+	must("mp_accept", mp_accept(w->channel, w->listener, o->accepts, o->lwsocket));
+}
+
 static void end_connection(struct worker *w, const struct mp_event *event, struct connection *c)
 {
 	/* No operation is pending on it: each event here was that of the only one. */
@@ -42,13 +51,8 @@ static void end_connection(struct worker *w, const struct mp_event *event, struc
 	if (!mp_is_lwsocket(c->fd))
 		close(c->fd);
 	free(c);
-}
-
-static void accept_more(struct worker *w)
-{
-	const struct server_options *o = w->options;
-
-	must("mp_accept", mp_accept(w->channel, w->listener, o->accepts, o->lwsocket));
+	if (w->full)
+		accept_more(w);
 }
 
 static void accepted(struct worker *w, const struct mp_event *event)
@@ -56,9 +60,11 @@ static void accepted(struct worker *w, const struct mp_event *event)
 	struct connection *c;
 	int handle;
 
-	if (!event->more)
+	/* To ask again at once would only fail again. */
+	w->full = event->result == -EMFILE || event->result == -ENFILE;
+	if (!event->more && !w->full)
 		accept_more(w);
-	if (event->result < 0)	/* aborted meanwhile, or no descriptor is left */
+	if (event->result < 0)	/* or aborted meanwhile */
 		return;
 	c = malloc(sizeof(*c) + w->options->buffer);
 	if (!c) {

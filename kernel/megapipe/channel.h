@@ -68,6 +68,8 @@ struct mp_channel {
 	/* Handles and waiting lwsockets; as many as descriptors at most. */
 	u32 nr_held;
 
+	atomic_t nr_jobs;		/* that workers are at, see job.c */
+
 	/*
 	 * @lock guards @ready, @nr_ready and, in each handle, @armed, @link and
 	 * (while the handle is armed or on the list) @events.

@@ -124,7 +124,7 @@ static ssize_t mp_regular_read(struct mp_handle *h, struct iov_iter *to)
 			*pos = kiocb.ki_pos;
 			h->read_moved = ret;
 			/* All of it, or the end of the file: no less would do for read(). */
-			if (!iov_iter_count(to) || !ret || *pos >= i_size_read(file_inode(file)))
+			if (!iov_iter_count(to) || !ret || *pos >= i_size_read(file->f_mapping->host))
 				return ret;
 		} else if (ret != -EAGAIN && ret != -EOPNOTSUPP) {
 			return ret;

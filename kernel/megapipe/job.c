@@ -4,6 +4,7 @@
  *
  * A job is one such operation, done by a kernel worker that borrows the owner's
  * memory and credentials. Its handle may go meanwhile: the job then ends alone.
+ * Its channel waits for it, as a process that ends does for its AIO.
  */
 #include <linux/cred.h>
 #include <linux/file.h>
@@ -12,6 +13,7 @@
 #include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
+#include <linux/wait_bit.h>
 #include <linux/workqueue.h>
 
 #include "batch.h"
@@ -21,6 +23,7 @@ struct mp_job {
 	refcount_t refs;		/* the handle's and the worker's */
 
 	/* Set when it starts. */
+	struct mp_channel *channel;	/* stays until nr_jobs is 0 */
 	struct file *file;		/* reference */
 	struct mm_struct *mm;		/* reference (mmgrab) */
 	const struct cred *cred;	/* reference */
@@ -45,7 +48,6 @@ int mp_job_init(void)
 	return mp_workqueue ? 0 : -ENOMEM;
 }
 
-/* Waits for jobs whose channels have gone. */
 void mp_job_exit(void)
 {
 	destroy_workqueue(mp_workqueue);
@@ -82,6 +84,7 @@ static ssize_t mp_job_move(struct mp_job *job)
 static void mp_job_work(struct work_struct *work)
 {
 	struct mp_job *job = container_of(work, struct mp_job, work);
+	struct mp_channel *ch = job->channel;
 	const struct cred *old = override_creds(job->cred);
 
 	/* The process may have ended: then there is no memory to move it to. */
@@ -101,6 +104,8 @@ static void mp_job_work(struct work_struct *work)
 		mp_handle_notify(job->handle, job->write ? EPOLLOUT : EPOLLIN);
 	spin_unlock(&job->lock);
 	mp_job_put(job);
+	if (atomic_dec_and_test(&ch->nr_jobs))
+		wake_up_var(&ch->nr_jobs);
 }
 
 /*
@@ -124,6 +129,8 @@ int mp_job_start(struct mp_handle *h, struct iov_iter *iter, loff_t pos, bool wr
 		return -ENOMEM;
 	INIT_WORK(&job->work, mp_job_work);
 	refcount_set(&job->refs, 2);
+	job->channel = h->channel;
+	atomic_inc(&h->channel->nr_jobs);
 	job->file = get_file(h->file);
 	job->mm = h->channel->mm;
 	mmgrab(job->mm);

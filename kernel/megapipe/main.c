@@ -13,6 +13,7 @@
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
 #include <linux/uaccess.h>
+#include <linux/wait_bit.h>
 
 #include "batch.h"
 #include "lwsocket.h"
@@ -80,10 +81,15 @@ static int mp_try_execute(struct mp_channel *ch, const struct mp_request *req)
 	return operation->run(h, req);
 }
 
-/* Does the request name a handle that is there, whose cookie its completion bears? */
-static bool mp_names_handle(const struct mp_request *req)
+/* The cookie that goes with a failed request: its handle's, or the one that it brought. */
+static u64 mp_cookie_of(struct mp_channel *ch, const struct mp_request *req)
 {
-	return req->op != MP_OP_REGISTER && req->op != MP_OP_DROP;
+	struct mp_handle *h;
+
+	if (req->op == MP_OP_REGISTER)
+		return req->cookie;
+	h = req->op == MP_OP_DROP ? NULL : mp_handle_find(ch, req->handle);
+	return h ? h->cookie : 0;
 }
 
 void mp_execute(struct mp_channel *ch, const struct mp_request *req)
@@ -91,12 +97,11 @@ void mp_execute(struct mp_channel *ch, const struct mp_request *req)
 	int ret = mp_try_execute(ch, req);
 
 	if (ret < 0) {
-		struct mp_handle *h = mp_handle_find(ch, req->handle);
 		struct mp_completion c = {
 			.op = req->op,
 			.handle = req->handle,
 			.result = ret,
-			.cookie = h && mp_names_handle(req) ? h->cookie : req->cookie,
+			.cookie = mp_cookie_of(ch, req),
 		};
 
 		mp_post(ch, &c);
@@ -180,6 +185,8 @@ static void mp_channel_free(struct mp_channel *ch)
 {
 	mp_handle_remove_all(ch);
 	mp_lw_drop_all(ch);
+	/* Buffers of reads and writes that are still under way are the user's again now. */
+	wait_var_event(&ch->nr_jobs, !atomic_read(&ch->nr_jobs));
 	mp_ring_destroy(ch);
 	put_task_struct(ch->owner);
 	mmdrop(ch->mm);

@@ -245,7 +245,7 @@ int mp_register(struct mp_channel *ch, int fd, void *cookie, const void *mask, s
 		.handle = handle,
 		.cookie = (uintptr_t)cookie,
 		.addr = (uintptr_t)mask,
-		.len = mask_bytes,
+		.len = mask_bytes > UINT32_MAX ? UINT32_MAX : mask_bytes,
 		.fd = fd,
 	};
 	int ret;

@@ -61,7 +61,8 @@ static inline bool mp_is_lwsocket(int fd)
  * Put @fd, a descriptor or an lwsocket from an accept event, into the channel.
  * Returns its handle. With MP_BATCH, @fd and @mask are looked at when the request
  * goes down: do not close or change them before mp_flush() or an event of the
- * handle. @cookie comes back with every event of the handle.
+ * handle. @cookie comes back with every event of the handle (NULL in those of
+ * requests that were made before its registration was known to have failed).
  *
  * Taken are sockets (TCP, UDP, UNIX), regular files and block devices, and what
  * can be polled and need not block: pipes, FIFOs, timerfd, signalfd, eventfd,
@@ -97,7 +98,7 @@ int mp_register(struct mp_channel *ch, int fd, void *cookie, const void *mask, s
  * for it will be returned any more, and connections that it has accepted but not
  * returned are closed. A descriptor stays open and usable; an lwsocket is closed.
  * A read or write of a regular file that is under way goes on alone: its buffer
- * must not be used for anything else until the channel has gone.
+ * must not be used for anything else until mp_close(), which waits for it.
  */
 int mp_unregister(struct mp_channel *ch, int handle);
 
@@ -142,7 +143,7 @@ int mp_pread(struct mp_channel *ch, int handle, void *buffer, size_t size, int64
  * was moved, @result is the errno: -EFAULT, -EBUSY (a write is pending),
  * -EPIPE (no SIGPIPE is raised), -ECONNRESET, ... Of a datagram socket: one
  * datagram. Of a file with a position: @result == @size says that the bytes are
- * in the page cache, or on the disk with O_SYNC or O_DIRECT.
+ * in the page cache, or on the disk with O_SYNC.
  */
 int mp_write(struct mp_channel *ch, int handle, const void *buffer, size_t size);
 
@@ -174,7 +175,7 @@ struct mp_event {
 /*
  * Return one event, waiting for it if need be: @timeout_ms < 0 for ever, 0 not
  * at all. Returns 1 with *@event filled, 0 when the time is over, -EINTR after
- * a signal, or what mp_flush() may return.
+ * a signal, -EPERM or -EBADMSG as from mp_flush().
  */
 int mp_dispatch(struct mp_channel *ch, struct mp_event *event, int timeout_ms);
 
