@@ -149,6 +149,10 @@ class MachineConfig:
     """Serve GDB on the socket `Machine.gdb_socket`."""
     shell: bool = False
     """A shell on the console, for people, and a talkative kernel."""
+    disk: Path | None = None
+    """A raw image for /dev/vda, changed by the guest."""
+    disk_bytes_per_second: int = 0
+    """How fast the disk is at most, for reads and writes each; 0: as fast as it can be."""
     symbols: tuple[Path, ...] = ()
     """ELF files with debug information, to explain a trace with."""
 
@@ -326,6 +330,12 @@ class Machine:
                 # Two for each pair, one for the control queue, one for the configuration.
                 card += f",mq=on,vectors={2 * pairs + 2}"
             argv += ["-netdev", tap, "-device", card]
+        if config.disk is not None:
+            limit = config.disk_bytes_per_second
+            drive = f"file={config.disk.absolute()},format=raw,if=none,id=disk"
+            if limit:
+                drive += f",throttling.bps-read={limit},throttling.bps-write={limit}"
+            argv += ["-drive", drive, "-device", "virtio-blk-pci,drive=disk"]
         if config.gdb:
             path = self.sandbox.folder_inside / _GDB
             argv += ["-chardev", f"socket,id=gdb,path={path},server=on,wait=off"]

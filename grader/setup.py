@@ -84,6 +84,7 @@ PACKAGES = (
     Package("cpio", "packs the guest's file system", ("cpio",)),
     Package("busybox-static", "the guest's shell and tools", ("busybox",)),
     Package("qemu-system-x86", "the machine that runs the kernel", ("qemu-system-x86_64",)),
+    Package("e2fsprogs", "makes the disk of a test (mkfs.ext4)", ("mkfs.ext4",)),
     Package("iproute2", "sets up the network of a run", ("ip",)),
     Package("util-linux", "gives each run its own namespaces (unshare)", ("unshare", "setpriv")),
     Package("gdb", "only for boot --gdb", ("gdb",), optional=True),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -60,6 +60,9 @@ class Station:
         name: str = "",
         memory_mib: int = 512,
         counted: bool = True,
+        disk: Path | None = None,
+        disk_bytes_per_second: int = 0,
+        kernel_args: Sequence[str] = (),
     ) -> None:
         self.built = built
         self.name = name or built.variant.name
@@ -67,8 +70,16 @@ class Station:
         if counted:
             symbols = Symbols.of_kernel(built.kernel.vmlinux)
             self._probe = Probe(ProbeConfig.standard(vcpus, symbols), symbols)
-        self._vcpus = vcpus
-        self._memory_mib = memory_mib
+        self._config = MachineConfig(
+            kernel=built.kernel.vmlinux,
+            initramfs=built.image.initramfs,
+            vcpus=vcpus,
+            memory_mib=memory_mib,
+            disk=disk,
+            disk_bytes_per_second=disk_bytes_per_second,
+            kernel_args=tuple(kernel_args),
+            symbols=(built.kernel.vmlinux, built.module.ko),
+        )
         self._machine: Machine | None = None
         self._stack = ExitStack()
 
@@ -76,14 +87,9 @@ class Station:
         """Start the emulator; must be followed by ``with`` or by `close`."""
         with ExitStack() as stack:
             probe = stack.enter_context(self._probe) if self._probe else None
-            config = MachineConfig(
-                kernel=self.built.kernel.vmlinux,
-                initramfs=self.built.image.initramfs,
-                vcpus=self._vcpus,
-                memory_mib=self._memory_mib,
-                extra_qemu=tuple(probe.qemu_arguments()) if probe else (),
-                symbols=(self.built.kernel.vmlinux, self.built.module.ko),
-            )
+            config = self._config
+            if probe is not None:
+                config = replace(config, extra_qemu=tuple(probe.qemu_arguments()))
             self._machine = Machine(config)
             stack.callback(self._machine.close)
             self._machine.start()

@@ -373,6 +373,55 @@ static void test_no_memory(void)
 	free(data);
 }
 
+/*
+ * What --exhaust does: take as much of the kernel's memory through channels as it gives, in every
+ * way there is, and keep it for a while.
+ */
+int exhaust(void)
+{
+	enum { MOST = 4000, PARTS = 1024 };
+	static struct iovec parts[PARTS];
+	static char block[1 << 16];
+	int channels = 0, handles = 0, writes = 0;
+	bool refused = false;
+
+	report_fd = STDERR_FILENO;
+	for (int i = 0; i < PARTS; i++)
+		parts[i] = (struct iovec){ block, sizeof(block) };
+	while (!refused && channels < MOST) {
+		struct mp_options options = { .flags = MP_BATCH | MP_LWSOCKET, .requests = 32768,
+					      .completions = 32768 };
+		struct mp_channel *ch = mp_create(&options);
+		int ends[2];
+
+		if (!ch)
+			break;
+		channels++;
+		/* Handles, and in each a write that waits with the longest array of buffers. */
+		for (int i = 0; i < 200; i++) {
+			int handle;
+
+			if (pipe2(ends, O_CLOEXEC | O_NONBLOCK))
+				break;
+			handle = mp_register(ch, ends[1], NULL, NULL, 0);
+			close(ends[1]);
+			if (handle < 0 || mp_writev(ch, handle, parts, PARTS) < 0) {
+				refused = true;
+				break;
+			}
+			handles++;
+			writes++;
+		}
+		if (mp_flush(ch))
+			refused = true;
+	}
+	printf("exhaust: %d channels with %d handles and %d writes, then %s\n", channels, handles,
+	       writes, strerror(errno));
+	fflush(stdout);
+	sleep_ms(1000);
+	return 0;
+}
+
 const struct test_case ends_cases[] = {
 	{ "close-pending", test_close_pending },
 	{ "close-flood", test_close_flood },

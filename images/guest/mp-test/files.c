@@ -513,6 +513,85 @@ static void test_file_ends(void)
 	free(data);
 }
 
+/* --- a file on a slow disk --------------------------------------------------------------------- */
+
+/* What --disk does: a channel answers while a read of it waits for the disk. */
+static void serve_beside_disk(const char *path)
+{
+	/* The first MiB may come out of the disk's allowance for bursts. */
+	enum { SIZE = 4 << 20, ECHOES = 20 };
+	struct mp_channel *ch = channel();
+	char *data = make_pattern(SIZE), *back = calloc(1, SIZE), byte = 0;
+	int fd = MUST(open(path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600));
+	int file = add(ch, fd), before = 0, writing = 0;
+	struct pair p = added_pair(ch, 0);
+	uint64_t began;
+	struct mp_event e;
+
+	TRUE(back);
+	/* Down to the disk, and out of memory. */
+	EXPECT(mp_write(ch, file, data, SIZE), 0);
+	WANT(ch, file, MP_OP_WRITE, SIZE);
+	MUST(fsync(fd));
+	EXPECT(posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED), 0);
+
+	began = now_ns();
+	EXPECT(mp_pread(ch, file, back, SIZE, 0), 0);
+	for (;;) {
+		EXPECT(mp_read(ch, p.handle, &byte, 1), 0);
+		EXPECT(mp_flush(ch), 0);
+		EXPECT(send(p.peer, "x", 1, MSG_NOSIGNAL), 1);
+		e = next(ch);
+		if (e.handle == file)
+			break;
+		EXPECT(e.result, 1);
+		before++;
+	}
+	EXPECT(e.op, MP_OP_READ);
+	EXPECT(e.result, SIZE);
+	TRUE(!memcmp(back, data, SIZE));
+	printf("disk: %d echoes while 4 MiB were read in %llu ms\n", before,
+	       (unsigned long long)(now_ns() - began) / 1000000);
+	WANT(ch, p.handle, MP_OP_READ, 1);
+
+	/* The same for a write that has to be on the disk (O_SYNC). */
+	mp_unregister(ch, file);
+	close(fd);
+	fd = MUST(open(path, O_RDWR | O_SYNC | O_CLOEXEC));
+	file = add(ch, fd);
+	EXPECT(mp_pwrite(ch, file, data, SIZE, 0), 0);
+	for (;;) {
+		EXPECT(mp_read(ch, p.handle, &byte, 1), 0);
+		EXPECT(mp_flush(ch), 0);
+		EXPECT(send(p.peer, "x", 1, MSG_NOSIGNAL), 1);
+		e = next(ch);
+		if (e.handle == file)
+			break;
+		writing++;
+	}
+	EXPECT(e.result, SIZE);
+	printf("disk: %d echoes while 4 MiB were written\n", writing);
+	if (before < ECHOES || writing < ECHOES)
+		fail("expected %d echoes in either, the channel waited for the disk", ECHOES);
+	mp_close(ch);
+	end_pair(&p);
+	close(fd);
+	free(data);
+	free(back);
+}
+
+int disk(const char *path)
+{
+	report_fd = STDERR_FILENO;
+	setvbuf(stdout, NULL, _IOLBF, 0);
+	for (int mode = 0; mode < 2; mode++) {
+		batch = mode;
+		serve_beside_disk(path);
+	}
+	printf("ok disk\n");
+	return 0;
+}
+
 const struct test_case files_cases[] = {
 	{ "udp", test_udp },
 	{ "unix-messages", test_unix_messages },

@@ -166,10 +166,14 @@ static void usage(void)
 	     "       mp-test --list\n"
 	     "       mp-test --fuzz CALLS [--seed N]\n"
 	     "       mp-test --stress SECONDS [--seed N]\n"
+	     "       mp-test --disk FILE\n"
+	     "       mp-test --exhaust\n"
 	     "Runs every case, or those named, in both modes, or in the one named. Long loops go\n"
 	     "round N times as often; a case that takes longer than the limit (30 s) has failed.\n"
 	     "--fuzz makes calls at random, --stress lets servers and clients race, until there were\n"
-	     "so many calls or seconds; the seed that they print repeats them.\n"
+	     "so many calls or seconds; the seed that they print repeats them. --disk writes FILE, on\n"
+	     "a slow disk, and reads it while it serves a connection. --exhaust takes all memory that\n"
+	     "channels can be made to take.\n"
 	     "Exit status: 0, all are right; 1, some are not; 2, wrong arguments or no module.");
 }
 
@@ -184,6 +188,8 @@ int main(int argc, char **argv)
 		{ "fuzz", required_argument, NULL, 'f' },
 		{ "stress", required_argument, NULL, 'S' },
 		{ "seed", required_argument, NULL, 'r' },
+		{ "disk", required_argument, NULL, 'd' },
+		{ "exhaust", no_argument, NULL, 'e' },
 		{ "help", no_argument, NULL, 'h' },
 		{ NULL, 0, NULL, 0 },
 	};
@@ -214,6 +220,10 @@ int main(int argc, char **argv)
 			for (int i = 0; i < nr_cases; i++)
 				puts(cases[i]->name);
 			return 0;
+		case 'e':
+			return exhaust();
+		case 'd':
+			return disk(optarg);
 		case 'f':
 			calls = strtoull(optarg, NULL, 0);
 			break;

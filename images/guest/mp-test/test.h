@@ -201,6 +201,10 @@ bool reap(pid_t pid, int seconds, int *status);
 /* What --fuzz and --stress do; an exit status. */
 int fuzz(uint64_t calls, uint64_t seed);
 int stress(int seconds, uint64_t seed);
+/* What --exhaust does (ends.c). */
+int exhaust(void);
+/* What --disk does (files.c). */
+int disk(const char *path);
 /* The program that --exec-child starts again (processes.c). */
 int exec_child(char **arguments);
 
