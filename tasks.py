@@ -211,13 +211,19 @@ def grade(
 @verb(
     help={
         "per-connection": "transactions per connection, a list such as 1,10,128",
+        "servers": "all, or a list: epoll, plain, and MegaPipe with any of B, P, L",
         "rounds": "how often each server is measured, in turn",
         "smp": "number of virtual CPUs",
         "lab": "whose solution MegaPipe is",
     }
 )
 def bench(
-    _: Context, per_connection: str = "1,10,128", rounds: int = 3, smp: int = 4, lab: str = LAB
+    _: Context,
+    servers: str = "epoll,plain,B,BPL",
+    per_connection: str = "1,10,128",
+    rounds: int = 3,
+    smp: int = 4,
+    lab: str = LAB,
 ) -> None:
     """Measure epoll and MegaPipe side by side."""
     from grader import bench as module
@@ -229,7 +235,7 @@ def bench(
         raise UsageError(
             f"--per-connection {per_connection}", "give numbers, such as 1,10,128"
         ) from None
-    module.run(load_lab(lab), numbers, rounds, smp)
+    module.run(load_lab(lab), module.choose(servers), numbers, rounds, smp)
 
 
 @verb(

@@ -18,15 +18,23 @@ from grader.progress import Progress
 from grader.station import Station, build
 from kernel.build import build_kernel
 
+# MegaPipe with any of its three optimisations: batching, partitioning, lwsockets.
 SERVERS: Mapping[str, str] = {
     "epoll": "epoll-server",
-    "MegaPipe plain": "mp-server",
-    "MegaPipe batch": "mp-server --batch",
+    "plain": "mp-server",
+    "B": "mp-server --batch",
+    "P": "mp-server --partition",
+    "L": "mp-server --lwsocket",
+    "BP": "mp-server --batch --partition",
+    "BL": "mp-server --batch --lwsocket",
+    "PL": "mp-server --partition --lwsocket",
+    "BPL": "mp-server --batch --partition --lwsocket",
 }
 METRICS: Mapping[str, str] = {
     "instructions": "instructions",
     "syscalls": "system calls",
     "wakeups": "wake-ups",
+    "file_alloc": "files",
 }
 # 64 connections for each of 4 vCPUs.
 CONNECTIONS = 256
@@ -52,7 +60,7 @@ def measure(
     per_connection: Sequence[int],
     rounds: int,
     progress: Progress,
-    servers: Mapping[str, str] = SERVERS,
+    servers: Mapping[str, str],
 ) -> list[Row]:
     """Measure every server at every n in turn, `rounds` times. Raises `ExperimentFailed`."""
     rows = []
@@ -70,7 +78,19 @@ def measure(
     return rows
 
 
-def run(lab: Lab, per_connection: Sequence[int], rounds: int, vcpus: int) -> None:
+def choose(names: str) -> dict[str, str]:
+    """Return the servers of a list such as ``epoll,BPL``, or of ``all``."""
+    chosen = list(SERVERS) if names == "all" else names.split(",")
+    if unknown := [name for name in chosen if name not in SERVERS]:
+        raise UsageError(
+            f"--servers: what is {unknown[0]}?", f"all, or some of {','.join(SERVERS)}"
+        )
+    return {name: SERVERS[name] for name in chosen}
+
+
+def run(
+    lab: Lab, servers: Mapping[str, str], per_connection: Sequence[int], rounds: int, vcpus: int
+) -> None:
     """Boot the solution, measure, and print the table."""
     if rounds < 2 or not per_connection or min(per_connection) < 1:
         raise UsageError(
@@ -80,7 +100,7 @@ def run(lab: Lab, per_connection: Sequence[int], rounds: int, vcpus: int) -> Non
     with progress.phase("build"):
         built = build(lab, variants.solution(lab.folder), build_kernel(progress=progress))
     with progress.phase("bench"), Station(built, vcpus) as station:
-        rows = measure(station, per_connection, rounds, progress)
+        rows = measure(station, per_connection, rounds, progress, servers)
     Console().print(table(rows))
     progress.say(
         f"{vcpus} vCPUs, {CONNECTIONS} connections in rounds, 64 B, {rounds} rounds; ± is the 95 % "

@@ -30,4 +30,11 @@ def test_the_table_shows_mean_and_interval() -> None:
 @pytest.mark.parametrize(("numbers", "rounds"), [([0], 3), ([], 3), ([1], 1)])
 def test_what_cannot_be_measured_is_refused(numbers: list[int], rounds: int) -> None:
     with pytest.raises(UsageError):
-        bench.run(load_lab("1-batching"), numbers, rounds, 4)
+        bench.run(load_lab("1-batching"), bench.choose("all"), numbers, rounds, 4)
+
+
+def test_servers_are_chosen_by_name() -> None:
+    assert list(bench.choose("epoll,BPL")) == ["epoll", "BPL"]
+    assert bench.choose("all") == bench.SERVERS
+    with pytest.raises(UsageError, match="tcp"):
+        bench.choose("epoll,tcp")
