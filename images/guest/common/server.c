@@ -53,7 +53,7 @@ static void usage(const char *about, const char *name)
 	       "  --partition       give each thread an accept queue of its own\n"
 	       "  --lwsocket        accept connections without descriptors\n"
 	       "  --threshold N     requests that gather before they go down (32)\n"
-	       "  --accepts N       connections per accept request (1)\n"
+	       "  --accepts N       connections per accept request (1; 64 with --partition)\n"
 	       "  --requests N      size of the request ring (256)\n"
 	       "  --completions N   size of the completion ring (4096)\n",
 	       name, about, DEFAULT_PORT, DEFAULT_BUFFER);
@@ -161,7 +161,6 @@ int server_main(int argc, char **argv, const char *about, void (*run)(struct ser
 	options.port = DEFAULT_PORT;
 	options.threads = cpus;
 	options.buffer = DEFAULT_BUFFER;
-	options.accepts = 1;
 	while ((c = getopt_long(argc, argv, "", known, &which)) != -1) {
 		const char *name = c == '?' ? "" : known[which].name;
 
@@ -212,6 +211,9 @@ int server_main(int argc, char **argv, const char *about, void (*run)(struct ser
 		exit(2);
 	}
 
+	/* Of a shared queue, one at a time: the others want some, too. */
+	if (!options.accepts)
+		options.accepts = options.partition ? 64 : 1;
 	signal(SIGPIPE, SIG_IGN);
 	listener = listen_on(options.port);
 	if (daemon)
