@@ -226,16 +226,6 @@ static void test_many_registrations(void)
 
 /* --- no memory ---------------------------------------------------------------------------- */
 
-static bool write_text(const char *path, const char *text)
-{
-	int fd = open(path, O_WRONLY | O_CLOEXEC);
-	bool right = fd >= 0 && write(fd, text, strlen(text)) == (ssize_t)strlen(text);
-
-	if (fd >= 0)
-		close(fd);
-	return right;
-}
-
 static void set_fault(int fd, int number)
 {
 	char text[16];

@@ -185,23 +185,6 @@ static void test_unix_stream(void)
 
 /* --- pipes ------------------------------------------------------------------------------ */
 
-static void *drain_pipe(void *argument)
-{
-	struct slow_reader *r = argument;
-	char buffer[5000];
-
-	for (size_t at = 0; at < r->size;) {
-		ssize_t n = MUST(read(r->fd, buffer, sizeof(buffer)));
-
-		for (ssize_t i = 0; i < n; i++)
-			if (buffer[i] != pattern(at + i))
-				fail("byte %zu of the pipe is wrong", at + i);
-		at += n;
-		sched_yield();
-	}
-	return NULL;
-}
-
 static void test_pipe(void)
 {
 	enum { SIZE = 1000000 };
@@ -233,7 +216,7 @@ static void test_pipe(void)
 	EXPECT(mp_write(ch, writes, data, SIZE), 0);
 	SLEEPS(ch);
 	reader.fd = ends[0];
-	thread = start(drain_pipe, &reader);
+	thread = start(read_slowly, &reader);
 	WANT(ch, writes, MP_OP_WRITE, SIZE);
 	join(thread);
 	/* Its end, from both sides. */
@@ -279,7 +262,7 @@ static void test_fifo(void)
 	EXPECT(mp_write(ch, handle, data, SIZE), 0);
 	SLEEPS(ch);
 	reader.fd = fd;
-	thread = start(drain_pipe, &reader);
+	thread = start(read_slowly, &reader);
 	WANT(ch, handle, MP_OP_WRITE, SIZE);
 	join(thread);
 	EXPECT(mp_read(ch, handle, buffer, sizeof(buffer)), 0);

@@ -82,6 +82,16 @@ uint64_t random_next(uint64_t *state)
 	return *state;
 }
 
+bool write_text(const char *path, const char *text)
+{
+	int fd = open(path, O_WRONLY | O_CLOEXEC);
+	bool right = fd >= 0 && write(fd, text, strlen(text)) == (ssize_t)strlen(text);
+
+	if (fd >= 0)
+		close(fd);
+	return right;
+}
+
 /* --- sockets --------------------------------------------------------------------- */
 
 int port_of(int fd)
@@ -248,7 +258,7 @@ void *read_slowly(void *argument)
 	size_t at = 0;
 
 	while (at < r->size) {
-		ssize_t n = recv(r->fd, buffer, sizeof(buffer), 0);
+		ssize_t n = read(r->fd, buffer, sizeof(buffer));
 
 		if (n <= 0)
 			fail("expected %zu bytes, the connection ended after %zu", r->size, at);

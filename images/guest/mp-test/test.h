@@ -88,6 +88,9 @@ void sleep_ms(int ms);
 /* xorshift: the same numbers in each run. */
 uint64_t random_next(uint64_t *state);
 
+/* Write to a file of /proc or /sys. Returns whether that was allowed. */
+bool write_text(const char *path, const char *text);
+
 /* --- sockets --------------------------------------------------------------------- */
 
 struct pair {
