@@ -120,6 +120,8 @@ def table(rows: Sequence[Row]) -> Table:
         for metric in METRICS:
             spread = row.spread(metric)
             digits = 0 if metric == "instructions" else 2
-            cells.append(f"{spread.mean:,.{digits}f} ± {spread.half:,.{digits}f}")
+            # Slopes of 0 come out on either side of it: no "-0.00".
+            mean = round(spread.mean, digits) + 0.0
+            cells.append(f"{mean:,.{digits}f} ± {spread.half:,.{digits}f}")
         result.add_row(str(row.per_connection), row.server, *cells)
     return result

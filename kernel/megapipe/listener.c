@@ -198,6 +198,9 @@ struct file *mp_listener_clone(struct file *listener, const struct cpumask *cpus
 	if (!ret)
 		ret = mp_listener_start(sock->sk, cpus);
 	if (ret) {
+		/* A port without a bind bucket would be taken for a mistake. */
+		if (!inet_csk(sock->sk)->icsk_bind_hash)
+			inet_sk(sock->sk)->inet_num = 0;
 		sock_release(sock);
 		return ERR_PTR(ret);
 	}

@@ -59,7 +59,7 @@ static struct mp_request random_request(struct arena *a, uint64_t *seed)
 		q.cookie = random_next(seed);
 		if (random_next(seed) % 4 == 0)
 			q.fd = MP_LWSOCKET_BASE + random_next(seed) % 8;
-		if (random_next(seed) % 8 == 0) {
+		if (random_next(seed) % 32 == 0) {
 			q.len = 1 + random_next(seed) % 3;
 			q.addr = (uintptr_t)a->memory + random_next(seed) % (ARENA_MEMORY - 4);
 		}
@@ -70,7 +70,8 @@ static struct mp_request random_request(struct arena *a, uint64_t *seed)
 		break;
 	case MP_OP_READ ... MP_OP_WRITEV:
 		q.addr = random_address(a, seed);
-		q.len = random_next(seed) % 4 ? random_next(seed) % 3000 : random_next(seed);
+		/* Mostly little: what is copied takes time in which nothing else is tried. */
+		q.len = random_next(seed) % 32 ? random_next(seed) % 300 : random_next(seed);
 		if (random_next(seed) % 4 == 0) {
 			q.flags = MP_AT_OFFSET;
 			q.cookie = random_next(seed) % 100000;
