@@ -47,8 +47,10 @@ class NoGrade(UserError):
 
 @dataclass(frozen=True)
 class MachineEnd:
-    """What one of the submission's machines left behind: for whoever looks for the reason."""
+    """What a machine left behind: for whoever looks for the reason."""
 
+    name: str
+    """Whose it was: the submission's, or that of a reference that was lost."""
     console: str
     """The recent text, at most 0.5 MB of it."""
     counters: Mapping[str, int]
@@ -68,7 +70,8 @@ class Grade:
     phases: Mapping[str, float]
     ignored: tuple[str, ...] = ()
     machines: tuple[MachineEnd, ...] = ()
-    """In the order of their boots; not part of the result file."""
+    """The submission's, in the order of their boots, and references that were lost; not part of the
+    result file."""
 
     @property
     def judged(self) -> bool:
@@ -82,6 +85,8 @@ class Attempt:
 
     failure: Failure | None
     lost: list[Failure]
+    ran: bool = True
+    """False: there was no machine left to try it on."""
 
     def note(self) -> str:
         """Return what to add to a reason when a lost machine was not the end."""
@@ -123,7 +128,7 @@ class Candidate:
                 with self._progress.phase("boot"):
                     self._station = station.__enter__()
             except MachineError as error:
-                self.ends.append(MachineEnd(error.console, {}))
+                self.ends.append(MachineEnd("submission", error.console, {}))
                 self.abandon(machine_failure(error))
         return self._station
 
@@ -136,39 +141,72 @@ class Candidate:
     def close(self) -> None:
         """End the machine that runs, if any, and keep what it leaves."""
         if self._station is not None:
-            total = self._station.probe.read().total
-            counters = {"user": total.user, "kernel": total.kernel, **total.functions}
-            text = self._station.machine.console.transcript.text
-            self.ends.append(MachineEnd(text, counters))
+            self.ends.append(_end_of(self._station))
             self._station.close()
             self._station = None
 
 
 class References:
-    """Starter and solution, booted: what the submission is compared with."""
+    """Starter and solution, booted: what the submission is compared with.
+
+    They, too, can be lost to a fault of the emulator; then a new machine takes the old one's place.
+    """
 
     def __init__(
         self, built: Mapping[str, Built], vcpus: int, stack: ExitStack, progress: Progress
     ) -> None:
+        self._built = built
+        self._vcpus = vcpus
+        self._stack = stack
         self._progress = progress
-        self._ready = False
-        self._stations = {
-            name: _start(Station(reference, vcpus, name), stack)
-            for name, reference in built.items()
-        }
+        self._stations: dict[str, Station] = {}
+        self._booting: dict[str, Station] = {}
+        self.ends: list[MachineEnd] = []
+        """What the lost ones left."""
+        for name in built:
+            self._begin(name)
+
+    def _begin(self, name: str) -> None:
+        station = Station(self._built[name], self._vcpus, name)
+        self._booting[name] = _start(station, self._stack)
 
     def stations(self) -> Mapping[str, Station]:
         """Return the running stations; raises `NoGrade` if one does not boot."""
-        if not self._ready:
-            with self._progress.phase("boot"):
-                for name, station in self._stations.items():
-                    self._progress.update(name)
-                    try:
-                        station.__enter__()
-                    except MachineError as error:
-                        raise _no_boot(name, error) from error
-            self._ready = True
+        while self._booting:
+            name, station = self._booting.popitem()
+            self._progress.update(name)
+            try:
+                with self._progress.phase("boot"):
+                    self._stations[name] = station.__enter__()
+            except MachineError as error:
+                raise _no_boot(name, error) from error
         return self._stations
+
+    def replace(self, name: str) -> None:
+        """Give this machine up after a panic or a hang, and begin the boot of another one."""
+        station = self._stations.pop(name)
+        self.ends.append(_end_of(station))
+        station.close()
+        self._begin(name)
+
+    def doubt(self, run: Callable[[Station], None]) -> str:
+        """Return why the solution cannot do `run` either, on this machine just now; or nothing."""
+        reason = ""
+        for _ in range(2):
+            try:
+                run(self.stations()["solution"])
+                return ""
+            except ExperimentFailed as error:
+                reason = error.failure.reason
+                if error.failure.verdict in ("panic", "hang"):
+                    self.replace("solution")
+        return reason
+
+
+def _end_of(station: Station) -> MachineEnd:
+    total = station.probe.read().total
+    counters = {"user": total.user, "kernel": total.kernel, **total.functions}
+    return MachineEnd(station.name, station.machine.console.transcript.text, counters)
 
 
 def _start(station: Station, stack: ExitStack) -> Station:
@@ -298,18 +336,19 @@ def _measure(
                 progress.update(check.title)
                 results[check.id] = _serve(check, candidate, compared_with, seed)
                 _say(progress, results[check.id])
-        stations = compared_with.stations()
+        compared_with.stations()
         with progress.phase("performance"):
             for check in lab.checks:
                 if check.kind == "reduction" and not check.same_run:
                     progress.update(check.title)
                     same = [c for c in lab.checks if check.id in (c.id, c.same_run)]
-                    for result in _reduction(check, same, candidate, stations, seed, progress):
+                    for result in _reduction(check, same, candidate, compared_with, seed, progress):
                         results[result.id] = result
                         _say(progress, result)
-        description = stations["solution"].machine.environment()
+        description = compared_with.stations()["solution"].machine.environment()
         candidate.close()
-    return [results[check.id] for check in lab.checks], description, candidate.ends
+    ends = [*candidate.ends, *compared_with.ends]
+    return [results[check.id] for check in lab.checks], description, ends
 
 
 def _say(progress: Progress, result: CheckResult) -> None:
@@ -328,7 +367,7 @@ def _attempt(candidate: Candidate, what: Callable[[Station], None]) -> Attempt:
         if station is None:
             assert candidate.lost is not None
             reason = f"not run: every machine was lost, the last one: {candidate.lost.reason}"
-            return Attempt(replace(candidate.lost, reason=reason), lost)
+            return Attempt(replace(candidate.lost, reason=reason), lost, ran=bool(lost))
         try:
             what(station)
         except ExperimentFailed as error:
@@ -352,7 +391,7 @@ def _serve(check: Check, candidate: Candidate, references: References, seed: int
     if failure is None:
         result = judge.served(check, check.transactions)
         return replace(result, reason=result.reason + attempt.note())
-    if doubt := _reference_fails(run, references.stations()["solution"]):
+    if attempt.ran and (doubt := references.doubt(run)):
         return judge.failed(
             check, "infra", f"{failure.reason}; but the solution fails here, too: {doubt}"
         )
@@ -367,40 +406,40 @@ def _judged(check: Check, failure: Failure) -> CheckResult:
     return result
 
 
-def _reference_fails(run: Callable[[Station], None], reference: Station) -> str:
-    try:
-        run(reference)
-    except ExperimentFailed as error:
-        return error.failure.reason
-    return ""
-
-
 def _reduction(
     check: Check,
     same_run: list[Check],
     candidate: Candidate,
-    references: Mapping[str, Station],
+    references: References,
     seed: int,
     progress: Progress,
 ) -> list[CheckResult]:
     """Measure starter, solution and submission in turn, and judge every check of this run."""
-    compared: list[Compared] = []
+    compared = Compared({}, {})
 
     def run(station: Station) -> None:
-        stations = {**references, "submission": station}
+        nonlocal compared
+        stations = {**references.stations(), "submission": station}
         comparison = Comparison(stations, check.server, check.load, seed)
-        compared.append(_measure_enough(comparison, check, same_run, progress))
-        if failure := compared[-1].failures.get("submission"):
+        compared = _measure_enough(comparison, check, same_run, progress)
+        if failure := compared.failures.get("submission"):
             raise ExperimentFailed(failure)
 
-    attempt = _attempt(candidate, run)
-    for name in references:
-        if compared and (failure := compared[-1].failures.get(name)):
-            reason = f"the {name} fails here: {failure.reason}"
-            return [judge.failed(c, "infra", reason) for c in same_run]
+    for last in (False, True):
+        compared = Compared({}, {})
+        attempt = _attempt(candidate, run)
+        broken = {n: f for n, f in compared.failures.items() if n != "submission"}
+        for name, failure in broken.items():
+            if failure.verdict in ("panic", "hang"):
+                references.replace(name)
+            if last:
+                reason = f"the {name} fails here: {failure.reason}"
+                return [judge.failed(c, "infra", reason) for c in same_run]
+        if not broken:
+            break
     if attempt.failure is not None:
         return [_judged(c, attempt.failure) for c in same_run]
-    results = [judge.reduction(c, *compared[-1].samples(c.metric)) for c in same_run]
+    results = [judge.reduction(c, *compared.samples(c.metric)) for c in same_run]
     return [replace(result, reason=result.reason + attempt.note()) for result in results]
 
 

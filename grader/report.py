@@ -56,10 +56,11 @@ def write_bundle(grade: Grade, again: str, parent: Path) -> Path | None:
     """Keep what tells why a check failed; return the folder, or None if nothing needs telling.
 
     That is: the result, each machine's console and counters, and `again`, the command that
-    repeats the run. Only a check whose work went wrong counts, not one that costs too much.
+    repeats the run. Only a check whose work went wrong counts, not one that costs too much; or a
+    reference that was lost on the way.
     """
     wrong = [r for r in grade.checks if r.verdict not in ("pass", "no-build") and not r.measured]
-    if not wrong:
+    if not wrong and all(end.name == "submission" for end in grade.machines):
         return None
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -71,8 +72,9 @@ def write_bundle(grade: Grade, again: str, parent: Path) -> Path | None:
     write_json(grade, folder / "result.json")
     _write_whole(folder / "again.txt", again + "\n")
     for number, end in enumerate(grade.machines, 1):
-        _write_whole(folder / f"console-{number}.txt", end.console)
-        _write_whole(folder / f"counters-{number}.json", json.dumps(end.counters, indent=2) + "\n")
+        counters = json.dumps(end.counters, indent=2) + "\n"
+        _write_whole(folder / f"console-{number}-{end.name}.txt", end.console)
+        _write_whole(folder / f"counters-{number}-{end.name}.json", counters)
     return folder
 
 
@@ -118,10 +120,14 @@ def table(grade: Grade, lab: Lab, console: Console) -> None:
             )
     console.print(rows)
     console.print(Text("per transaction: this one (starter .. solution)"))
+    # What is wrong with all of them (it does not compile) is said once.
+    said: dict[tuple[str, str, str], list[str]] = {}
     for result in grade.checks:
-        if result.next_step:
-            console.print(Text(f"{result.id} ({result.verdict}): {result.reason}", "bold"))
-            console.print(Text(f"  -> {result.next_step}"))
+        said.setdefault((result.verdict, result.reason, result.next_step), []).append(result.id)
+    for (verdict, reason, next_step), ids in said.items():
+        if next_step:
+            console.print(Text(f"{', '.join(ids)} ({verdict}): {reason}", "bold"))
+            console.print(Text(f"  -> {next_step}"))
     if grade.ignored:
         console.print(Text(f"ignored in the submission: {', '.join(grade.ignored)}"))
     if not grade.judged:

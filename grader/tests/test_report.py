@@ -95,14 +95,17 @@ def test_infra_is_not_reported_as_a_score() -> None:
 
 
 def test_what_went_wrong_is_kept_with_the_command_to_repeat_it(tmp_path: Path) -> None:
-    ends = (MachineEnd("Kernel panic\n", {"syscalls": 7}), MachineEnd("quiet\n", {}))
+    ends = (
+        MachineEnd("submission", "Kernel panic\n", {"syscalls": 7}),
+        MachineEnd("solution", "quiet\n", {}),
+    )
     grade = replace(_grade("panic"), machines=ends)
     folder = report.write_bundle(grade, "invoke grade --seed 1", tmp_path / "results")
     assert folder is not None
     assert folder.parent == tmp_path / "results"
-    assert (folder / "console-1.txt").read_text() == "Kernel panic\n"
-    assert json.loads((folder / "counters-1.json").read_text()) == {"syscalls": 7}
-    assert (folder / "console-2.txt").read_text() == "quiet\n"
+    assert (folder / "console-1-submission.txt").read_text() == "Kernel panic\n"
+    assert json.loads((folder / "counters-1-submission.json").read_text()) == {"syscalls": 7}
+    assert (folder / "console-2-solution.txt").read_text() == "quiet\n"
     assert (folder / "again.txt").read_text() == "invoke grade --seed 1\n"
     assert json.loads((folder / "result.json").read_text())["score"] == grade.score
 
@@ -114,6 +117,17 @@ def test_nothing_is_kept_of_a_submission_that_is_only_slow(tmp_path: Path) -> No
         else checks.reduction(check, [4.0, 4.1], [0.1, 0.11], [4.0, 4.1])
         for check in LAB.checks
     ]
-    grade = replace(_grade(), checks=tuple(slow))
+    ends = (MachineEnd("submission", "", {}),)
+    grade = replace(_grade(), checks=tuple(slow), machines=ends)
     assert report.write_bundle(grade, "", tmp_path / "results") is None
     assert not (tmp_path / "results").exists()
+    # But of a reference that was lost on the way, whatever the grade.
+    grade = replace(grade, machines=(*ends, MachineEnd("starter", "Oops\n", {})))
+    folder = report.write_bundle(grade, "", tmp_path / "results")
+    assert folder is not None and (folder / "console-2-starter.txt").read_text() == "Oops\n"
+
+
+def test_what_is_wrong_with_all_checks_is_said_once() -> None:
+    results = [checks.failed(c, "no-build", "does not compile: x.c:1", "error") for c in LAB.checks]
+    text = _text(replace(_grade(), checks=tuple(results), score=0))
+    assert text.count("x.c:1") == 1
