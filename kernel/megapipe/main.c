@@ -89,7 +89,10 @@ static u64 mp_cookie_of(struct mp_channel *ch, const struct mp_request *req)
 	if (req->op == MP_OP_REGISTER)
 		return req->cookie;
 	h = req->op == MP_OP_DROP ? NULL : mp_handle_find(ch, req->handle);
-	return h ? h->cookie : 0;
+	if (h)
+		return h->cookie;
+	/* Not an offset, which has the same place. */
+	return req->flags & MP_AT_OFFSET ? 0 : req->cookie;
 }
 
 void mp_execute(struct mp_channel *ch, const struct mp_request *req)
