@@ -126,7 +126,9 @@ def _sources_of_queues(station: Station, each: int) -> dict[int, list[str]]:
         with Session(station, EVERYTHING, LoadShape(1, 1), SEED, [source]) as session:
             session.run(4)
         arrived = (station.probe.read() - before).functions["tcp_rcv"]
-        if len(found[queue := int(arrived.argmax())]) < each:
+        queue = int(arrived.argmax())
+        # One that was dragged elsewhere under way may be dragged back.
+        if arrived[queue] == arrived.sum() and len(found[queue]) < each:
             found[queue].append(source)
     return found
 
