@@ -11,6 +11,8 @@ from kernel import build
 
 DEBIAN = build.read_config((build.CONFIG / "debian-cloud.config").read_text().splitlines())
 LAB = build.read_config((build.CONFIG / "lab.config").read_text().splitlines())
+LABS = build.HERE.parent / "labs"
+LAB_FILES = {name: next(LABS.glob(f"*/{name}")) for name in build.module_lab_files()}
 
 
 def test_read_config_knows_values_strings_and_options_not_set() -> None:
@@ -117,11 +119,10 @@ def test_an_archive_that_is_no_kernel_is_refused_and_leaves_nothing(
 
 
 def test_the_module_builds_and_tells_editors_how(kernel: build.Kernel) -> None:
-    lab_file = build.HERE.parent / "labs" / "1-batching" / "mp_batch.c"
-    module = build.build_module(kernel, {lab_file.name: lab_file})
-    commands = build.compile_commands(module, {lab_file.name: lab_file})
+    module = build.build_module(kernel, LAB_FILES)
+    commands = build.compile_commands(module, LAB_FILES)
     files = {Path(entry["file"]) for entry in commands}
-    assert lab_file in files
+    assert set(LAB_FILES.values()) <= files
     assert build.MODULE / "main.c" in files
     for entry in commands:
         done = subprocess.run(
@@ -134,11 +135,15 @@ def test_the_module_builds_and_tells_editors_how(kernel: build.Kernel) -> None:
         assert done.returncode == 0, done.stderr
 
 
+def test_the_labs_files_are_known_from_kbuild() -> None:
+    assert set(LAB_FILES) == {"mp_batch.c", "mp_partition.c", "mp_lwsocket.c"}
+
+
 def test_a_mistake_in_a_lab_file_is_the_compilers_words(
     kernel: build.Kernel, tmp_path: Path
 ) -> None:
     path = tmp_path / "mp_batch.c"
     path.write_text("int nothing;\nint broken = ;\n")
     with pytest.raises(build.ModuleError) as caught:
-        build.build_module(kernel, {"mp_batch.c": path})
+        build.build_module(kernel, {**LAB_FILES, "mp_batch.c": path})
     assert caught.value.text.startswith("mp_batch.c:2:14: error:")
