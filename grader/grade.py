@@ -432,11 +432,12 @@ def _reduction(
         for name, failure in broken.items():
             if failure.verdict in ("panic", "hang"):
                 references.replace(name)
-            if last:
-                reason = f"the {name} fails here: {failure.reason}"
-                return [judge.failed(c, "infra", reason) for c in same_run]
         if not broken:
             break
+        if last:
+            name, failure = next(iter(broken.items()))
+            reason = f"the {name} fails here: {failure.reason}"
+            return [judge.failed(c, "infra", reason) for c in same_run]
     if attempt.failure is not None:
         return [_judged(c, attempt.failure) for c in same_run]
     results = [judge.reduction(c, *compared.samples(c.metric)) for c in same_run]

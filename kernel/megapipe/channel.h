@@ -203,7 +203,6 @@ void mp_lw_drop_all(struct mp_channel *ch);
 
 /* socket.c */
 const struct mp_kind *mp_socket_kind(const struct socket *sock);
-bool mp_socket_is_tcp(const struct socket *sock);
 extern const struct mp_kind mp_tcp_kind;
 
 /* file.c */

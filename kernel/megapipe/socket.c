@@ -9,7 +9,7 @@
 
 #include "batch.h"
 
-bool mp_socket_is_tcp(const struct socket *sock)
+static bool mp_socket_is_tcp(const struct socket *sock)
 {
 	const struct sock *sk = sock->sk;
 
