@@ -1,8 +1,11 @@
 /*
- * The baseline of the paper: one listening socket that all threads share, one
- * pinned thread per CPU, each with its own epoll set that holds the listener
- * and the connections which this thread has accepted. Level-triggered, no
- * EPOLLEXCLUSIVE: an arriving connection wakes every thread that sleeps.
+ * One pinned thread per CPU, each with its own epoll set that holds a listener
+ * and the connections which this thread has accepted; level-triggered.
+ *
+ * By default the baseline of the paper: one listener that all threads share,
+ * and an arriving connection wakes every thread that sleeps. With --exclusive
+ * it wakes one. With --reuseport each thread has a listener of its own, and
+ * takes the connections that arrive on its CPU.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -35,21 +38,23 @@ static void end_connection(struct connection *c)
 	free(c);
 }
 
-static void accept_one(int epoll, const struct server_thread *thread)
+/* Returns false if there was none. */
+static bool accept_one(int epoll, const struct server_thread *thread)
 {
 	int fd = accept4(thread->listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
 	struct connection *c;
 
 	if (fd < 0)		/* another thread was faster, or no descriptor is left */
-		return;
+		return false;
 	c = malloc(sizeof(*c) + thread->options->buffer);
 	if (!c) {
 		close(fd);
-		return;
+		return true;
 	}
 	c->fd = fd;
 	c->begin = c->end = 0;
 	watch(epoll, EPOLL_CTL_ADD, c, EPOLLIN);
+	return true;
 }
 
 /* Returns false if the connection has ended. */
@@ -89,6 +94,7 @@ static void serve(int epoll, struct connection *c, int buffer)
 
 static void run(struct server_thread *thread)
 {
+	const struct server_options *o = thread->options;
 	struct connection *listener = calloc(1, sizeof(*listener));
 	int epoll = epoll_create1(EPOLL_CLOEXEC);
 	struct epoll_event events[MAX_EVENTS];
@@ -96,7 +102,7 @@ static void run(struct server_thread *thread)
 	if (epoll < 0 || !listener)
 		server_fail("epoll_create1", errno);
 	listener->fd = thread->listener;
-	watch(epoll, EPOLL_CTL_ADD, listener, EPOLLIN);
+	watch(epoll, EPOLL_CTL_ADD, listener, EPOLLIN | (o->exclusive ? EPOLLEXCLUSIVE : 0));
 	server_ready();
 	for (;;) {
 		int count = epoll_wait(epoll, events, MAX_EVENTS, -1);
@@ -104,15 +110,18 @@ static void run(struct server_thread *thread)
 		for (int i = 0; i < count; i++) {
 			struct connection *c = events[i].data.ptr;
 
-			if (c == listener)
+			if (c != listener)
+				serve(epoll, c, o->buffer);
+			else if (o->reuseport)
+				while (accept_one(epoll, thread))
+					;
+			else	/* the others want some, too */
 				accept_one(epoll, thread);
-			else
-				serve(epoll, c, thread->options->buffer);
 		}
 	}
 }
 
 int main(int argc, char **argv)
 {
-	return server_main(argc, argv, "Echo server: epoll with one shared listener.", run);
+	return server_main(argc, argv, "Echo server: epoll.", run);
 }

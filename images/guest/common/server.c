@@ -48,6 +48,10 @@ static void usage(const char *about, const char *name)
 	       "  --threads N       threads, pinned to CPU 0, 1, ... (one per CPU)\n"
 	       "  --buffer BYTES    read at most so much at a time (%d)\n"
 	       "  --daemon          return when ready, serve in the background\n"
+	       "  --reuseport       a listener for each thread: SO_REUSEPORT and SO_INCOMING_CPU\n"
+	       "                    (epoll-server and uring-server)\n"
+	       "epoll-server only:\n"
+	       "  --exclusive       an arriving connection wakes one thread: EPOLLEXCLUSIVE\n"
 	       "mp-server only:\n"
 	       "  --batch           switch batching on\n"
 	       "  --partition       give each thread an accept queue of its own\n"
@@ -73,7 +77,8 @@ static int number(const char *option, const char *text, long min, long max)
 	return value;
 }
 
-static int listen_on(int port)
+/* @cpu: take handshakes that arrive there, of several listeners on this port; or -1 */
+static int listen_on(int port, int cpu)
 {
 	struct sockaddr_in address = {
 		.sin_family = AF_INET,
@@ -90,6 +95,11 @@ static int listen_on(int port)
 	/* A reply must not wait for the client's delayed ACK; connections inherit this. */
 	if (setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on)))
 		server_fail("TCP_NODELAY", errno);
+	/* Before bind(): the group of listeners is formed there. */
+	if (cpu >= 0 && setsockopt(fd, SOL_SOCKET, SO_REUSEPORT, &on, sizeof(on)))
+		server_fail("SO_REUSEPORT", errno);
+	if (cpu >= 0 && setsockopt(fd, SOL_SOCKET, SO_INCOMING_CPU, &cpu, sizeof(cpu)))
+		server_fail("SO_INCOMING_CPU", errno);
 	if (bind(fd, (struct sockaddr *)&address, sizeof(address)))
 		server_fail("bind", errno);
 	if (listen(fd, BACKLOG))
@@ -134,13 +144,15 @@ static void become_daemon(void)
 
 int server_main(int argc, char **argv, const char *about, void (*run)(struct server_thread *))
 {
-	enum { PORT = 256, THREADS, BUFFER, DAEMON, BATCH, PARTITION, LWSOCKET,
+	enum { PORT = 256, THREADS, BUFFER, DAEMON, EXCLUSIVE, REUSEPORT, BATCH, PARTITION, LWSOCKET,
 	       THRESHOLD, ACCEPTS, REQUESTS, COMPLETIONS, HELP };
 	static const struct option known[] = {
 		{ "port", required_argument, NULL, PORT },
 		{ "threads", required_argument, NULL, THREADS },
 		{ "buffer", required_argument, NULL, BUFFER },
 		{ "daemon", no_argument, NULL, DAEMON },
+		{ "exclusive", no_argument, NULL, EXCLUSIVE },
+		{ "reuseport", no_argument, NULL, REUSEPORT },
 		{ "batch", no_argument, NULL, BATCH },
 		{ "partition", no_argument, NULL, PARTITION },
 		{ "lwsocket", no_argument, NULL, LWSOCKET },
@@ -154,7 +166,7 @@ int server_main(int argc, char **argv, const char *about, void (*run)(struct ser
 	int cpus = sysconf(_SC_NPROCESSORS_ONLN);
 	static struct server_options options;
 	struct server_thread *threads;
-	int which, c, listener;
+	int which, c;
 	bool daemon = false;
 	pthread_t id;
 
@@ -176,6 +188,12 @@ int server_main(int argc, char **argv, const char *about, void (*run)(struct ser
 			break;
 		case DAEMON:
 			daemon = true;
+			break;
+		case EXCLUSIVE:
+			options.exclusive = true;
+			break;
+		case REUSEPORT:
+			options.reuseport = true;
 			break;
 		case BATCH:
 			options.batch = true;
@@ -215,16 +233,24 @@ int server_main(int argc, char **argv, const char *about, void (*run)(struct ser
 	if (!options.accepts)
 		options.accepts = options.partition ? 64 : 1;
 	signal(SIGPIPE, SIG_IGN);
-	listener = listen_on(options.port);
-	if (daemon)
-		become_daemon();
-	run_thread = run;
-	atomic_store(&not_ready, options.threads);
 	threads = calloc(options.threads, sizeof(*threads));
 	if (!threads)
 		server_fail("threads", ENOMEM);
 	for (int i = 0; i < options.threads; i++) {
-		threads[i] = (struct server_thread){ &options, i, listener };
+		bool own = options.reuseport || !i;
+
+		threads[i] = (struct server_thread){
+			.options = &options,
+			.index = i,
+			.listener = own ? listen_on(options.port, options.reuseport ? i : -1)
+					: threads[0].listener,
+		};
+	}
+	if (daemon)
+		become_daemon();
+	run_thread = run;
+	atomic_store(&not_ready, options.threads);
+	for (int i = 0; i < options.threads; i++) {
 		if (pthread_create(&id, NULL, thread_main, &threads[i]))
 			server_fail("pthread_create", EAGAIN);
 	}

@@ -15,6 +15,8 @@ struct server_options {
 	int port;
 	int threads;
 	int buffer;		/* bytes per connection, read at a time */
+	bool exclusive;		/* epoll-server only */
+	bool reuseport;		/* a listener for each thread; not mp-server */
 	bool batch;		/* mp-server only, from here on */
 	bool partition;
 	bool lwsocket;
@@ -27,7 +29,7 @@ struct server_options {
 struct server_thread {
 	const struct server_options *options;
 	int index;		/* also the CPU */
-	int listener;		/* one for all threads */
+	int listener;		/* the thread's own with --reuseport, else one for all */
 };
 
 /*
