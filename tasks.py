@@ -210,32 +210,71 @@ def grade(
 
 @verb(
     help={
+        "servers": "all, or a list: epoll, epoll-exclusive, epoll-reuseport, io_uring, limit, "
+        "plain, and MegaPipe with any of B, P, L",
         "per-connection": "transactions per connection, a list such as 1,10,128",
-        "servers": "all, or a list: epoll, plain, and MegaPipe with any of B, P, L",
+        "sizes": "bytes of a message, a list such as 64,1024,16384",
+        "smp": "numbers of virtual CPUs, a list such as 1,2,4,8",
         "rounds": "how often each server is measured, in turn",
-        "smp": "number of virtual CPUs",
+        "until": "add rounds, up to four times as many, until each ratio is within so many %",
+        "quick": "a bench of five minutes (the other options still count)",
+        "full": "all of it: hours; says how many first",
+        "out": "the result file (results/bench.json); an interrupted bench goes on where it was",
+        "fresh": "discard what an interrupted bench has left",
+        "show": "measure nothing, show the tables of this result file",
         "lab": "whose solution MegaPipe is",
     }
 )
 def bench(
     _: Context,
-    servers: str = "epoll,plain,B,BPL",
-    per_connection: str = "1,10,128",
-    rounds: int = 3,
-    smp: int = 4,
+    servers: str = "",
+    per_connection: str = "",
+    sizes: str = "",
+    smp: str = "",
+    rounds: int = 0,
+    until: float = 0.0,
+    quick: bool = False,
+    full: bool = False,
+    out: str = "",
+    fresh: bool = False,
+    show: str = "",
     lab: str = LAB,
 ) -> None:
-    """Measure epoll and MegaPipe side by side."""
+    """Measure MegaPipe, epoll and the limit side by side."""
+    from dataclasses import replace
+
+    from rich.console import Console
+
     from grader import bench as module
+    from grader import samples
     from grader.lab import load_lab
 
+    if show:
+        module.report(samples.read(Path(show))[1], Console())
+        return
+    if quick and full:
+        raise UsageError("--quick and --full exclude each other", "leave one of them out")
+    grid = module.QUICK if quick else module.FULL if full else module.USUAL
+    given = {
+        "servers": module.choose(servers) if servers else (),
+        "per_connection": _numbers("per-connection", per_connection),
+        "sizes": _numbers("sizes", sizes),
+        "vcpus": _numbers("smp", smp),
+        "rounds": rounds,
+        "until": until,
+    }
+    grid = replace(grid, **{name: value for name, value in given.items() if value})
+    path = Path(out) if out else setup.ROOT / "results" / "bench.json"
+    if not out:
+        path.parent.mkdir(exist_ok=True)
+    module.run(load_lab(lab), grid, path, fresh=fresh)
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
     try:
-        numbers = [int(word) for word in per_connection.split(",")]
+        return tuple(dict.fromkeys(int(word) for word in text.split(","))) if text else ()
     except ValueError:
-        raise UsageError(
-            f"--per-connection {per_connection}", "give numbers, such as 1,10,128"
-        ) from None
-    module.run(load_lab(lab), module.choose(servers), numbers, rounds, smp)
+        raise UsageError(f"--{option} {text}", "give numbers, such as 1,10,128") from None
 
 
 @verb(

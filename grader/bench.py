@@ -1,26 +1,41 @@
-"""Servers side by side: what a transaction costs with epoll and with MegaPipe."""
+"""Servers side by side: what a transaction costs with MegaPipe, with epoll, and at least.
+
+For each cell of a grid (vCPUs, message size, transactions per connection) all servers are measured
+in turn, round after round, so that what the host does meanwhile meets all of them. What one
+transaction costs is the slope between two windows, see `grader.experiment`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from grader import compare, limits, samples
 from grader import variant as variants
-from grader.checks import Interval, interval
+from grader.checks import Interval
+from grader.compare import Comparison
 from grader.errors import UsageError
-from grader.experiment import Costs, Session
+from grader.experiment import Session
+from grader.grade import commit
 from grader.lab import Lab, LoadShape
 from grader.progress import Progress
-from grader.station import Station, build
+from grader.samples import Cell, Journal, Sample
+from grader.station import Built, Station, build
 from kernel.build import build_kernel
 
 # MegaPipe with any of its three optimisations: batching, partitioning, lwsockets.
 SERVERS: Mapping[str, str] = {
     "epoll": "epoll-server",
+    "epoll-exclusive": "epoll-server --exclusive",
+    "epoll-reuseport": "epoll-server --reuseport",
     "plain": "mp-server",
     "B": "mp-server --batch",
     "P": "mp-server --partition",
@@ -29,99 +44,296 @@ SERVERS: Mapping[str, str] = {
     "BL": "mp-server --batch --lwsocket",
     "PL": "mp-server --partition --lwsocket",
     "BPL": "mp-server --batch --partition --lwsocket",
+    "limit": "limit-server",
 }
-METRICS: Mapping[str, str] = {
-    "instructions": "instructions",
-    "syscalls": "system calls",
-    "wakeups": "wake-ups",
-    "file_alloc": "files",
-}
-# 64 connections for each of 4 vCPUs.
-CONNECTIONS = 256
+CONNECTIONS_PER_VCPU = 64
 SHORT_WINDOW = 1024
-SEED = 1
+MAX_SIZE = 65536
+MAX_VCPUS = 64
+# Of the reference machine, for the estimate before anything has been measured: seconds for a
+# server's start and end, for a transaction of a connection that stays, for a connection, and for
+# a KiB of payload.
+_SERVER_SECONDS, _TRANSACTION_SECONDS = 0.8, 0.00025
+_CONNECTION_SECONDS, _KIB_SECONDS = 0.0006, 0.00008
 
 
 @dataclass(frozen=True)
-class Row:
-    """One server at one number of transactions per connection."""
+class Grid:
+    """What is measured: every server in every cell, `rounds` times."""
 
-    per_connection: int
-    server: str
-    costs: tuple[Costs, ...]
+    servers: tuple[str, ...]
+    per_connection: tuple[int, ...]
+    sizes: tuple[int, ...] = (64,)
+    vcpus: tuple[int, ...] = (4,)
+    rounds: int = 3
+    until: float = 0.0
+    """Go on, up to four times as many rounds, until each ratio's interval is so narrow (± %)."""
+    seed: int = 1
 
-    def spread(self, metric: str) -> Interval:
-        """Return the mean and its 95 % interval, per transaction."""
-        return interval([costs.metric(metric) for costs in self.costs])
+    def __post_init__(self) -> None:
+        checks = (
+            (self.rounds >= 2, "--rounds: two are needed to see a spread"),
+            (self.until >= 0, "--until: a percentage"),
+            (min(self.per_connection, default=0) >= 1, "--per-connection: numbers from 1"),
+            (
+                all(1 <= size <= MAX_SIZE for size in self.sizes) and self.sizes,
+                f"--sizes: bytes of a message, from 1 to {MAX_SIZE}",
+            ),
+            (
+                all(1 <= number <= MAX_VCPUS for number in self.vcpus) and self.vcpus,
+                f"--smp: numbers of vCPUs, from 1 to {MAX_VCPUS}",
+            ),
+        )
+        for good, text in checks:
+            if not good:
+                raise UsageError(text, "see --help bench")
+
+    def cells(self, vcpus: int) -> Iterator[Cell]:
+        """Yield the cells that one machine serves."""
+        for size in self.sizes:
+            for n in self.per_connection:
+                yield Cell(vcpus, size, n)
+
+    @property
+    def seconds(self) -> float:
+        """About how long this takes here, before anything is known."""
+        total = 0.0
+        for vcpus in self.vcpus:
+            for cell in self.cells(vcpus):
+                short, long = windows(cell)
+                # The warm-up is one more round of all connections.
+                count = short + long + connections(cell) * cell.per_connection
+                each = _TRANSACTION_SECONDS + _CONNECTION_SECONDS / cell.per_connection
+                each += _KIB_SECONDS * cell.size / 1024
+                total += len(self.servers) * self.rounds * (_SERVER_SECONDS + count * each)
+        return total * limits.factor()
 
 
-def measure(
-    station: Station,
-    per_connection: Sequence[int],
-    rounds: int,
-    progress: Progress,
-    servers: Mapping[str, str],
-) -> list[Row]:
-    """Measure every server at every n in turn, `rounds` times. Raises `ExperimentFailed`."""
-    rows = []
-    for n in per_connection:
-        shape = LoadShape(CONNECTIONS, n, 64, mode="rounds")
-        unit = CONNECTIONS * n
-        short = max(1, SHORT_WINDOW // unit) * unit
-        costs: dict[str, list[Costs]] = {name: [] for name in servers}
-        for number in range(rounds):
-            for name, command in servers.items():
-                progress.update(f"n = {n}, round {number + 1} of {rounds}: {name}")
-                with Session(station, command, shape, SEED + number) as session:
-                    costs[name].append(session.costs(short, 2 * short))
-        rows += [Row(n, name, tuple(costs[name])) for name in servers]
-    return rows
+PEERS = ("epoll", "epoll-exclusive", "epoll-reuseport")
+USUAL = Grid((*PEERS, "plain", "B", "BPL", "limit"), (1, 10, 128))
+# In five minutes on two cores.
+QUICK = Grid(("epoll", "epoll-reuseport", "BPL", "limit"), (1, 10, 32))
+FULL = Grid(
+    tuple(SERVERS),
+    per_connection=(1, 2, 4, 8, 16, 32, 64, 128),
+    sizes=(64, 256, 1024, 4096, 16384),
+    vcpus=(1, 2, 4, 8),
+)
 
 
-def choose(names: str) -> dict[str, str]:
+def connections(cell: Cell) -> int:
+    """Return how many connections are open at a time."""
+    return CONNECTIONS_PER_VCPU * cell.vcpus
+
+
+def windows(cell: Cell) -> tuple[int, int]:
+    """Return the transactions of the two windows: in whole lives of all connections."""
+    unit = connections(cell) * cell.per_connection
+    short = max(1, SHORT_WINDOW // unit) * unit
+    return short, 2 * short
+
+
+def choose(names: str) -> tuple[str, ...]:
     """Return the servers of a list such as ``epoll,BPL``, or of ``all``."""
-    chosen = list(SERVERS) if names == "all" else names.split(",")
+    chosen = tuple(SERVERS) if names == "all" else tuple(dict.fromkeys(names.split(",")))
     if unknown := [name for name in chosen if name not in SERVERS]:
         raise UsageError(
             f"--servers: what is {unknown[0]}?", f"all, or some of {','.join(SERVERS)}"
         )
-    return {name: SERVERS[name] for name in chosen}
+    return chosen
 
 
-def run(
-    lab: Lab, servers: Mapping[str, str], per_connection: Sequence[int], rounds: int, vcpus: int
+class _Clock:
+    """Says how much is done and how long the rest takes, from how long the rest took so far."""
+
+    def __init__(self, grid: Grid, done: Sequence[Sample]) -> None:
+        cells = sum(1 for vcpus in grid.vcpus for _ in grid.cells(vcpus))
+        self.total = cells * len(grid.servers) * grid.rounds
+        self.done = len(done)
+        self._estimate = grid.seconds
+        self._spent = sum(sample.seconds for sample in done)
+
+    def add(self, sample: Sample) -> None:
+        self.done += 1
+        self._spent += sample.seconds
+
+    def __str__(self) -> str:
+        # The cells differ in length, so trust the estimate's shape and correct its scale.
+        share = min(self.done / self.total, 1.0)
+        whole = self._estimate if share < 0.05 else (self._spent / share)
+        left = max(0.0, whole - self._spent)
+        return f"{self.done} of {self.total}, about {duration(left)} left"
+
+
+def duration(seconds: float) -> str:
+    """Return a time for people."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _sample(station: Station, cell: Cell, server: str, number: int, seed: int) -> Sample:
+    begin = time.monotonic()
+    shape = LoadShape(connections(cell), cell.per_connection, cell.size, mode="rounds")
+    with Session(station, SERVERS[server], shape, seed) as session:
+        short, long = session.windows(*windows(cell))
+    seconds = round(time.monotonic() - begin, 3)
+    return Sample(cell, server, number, seed, seconds, short, long)
+
+
+def _measure_cell(
+    station: Station, cell: Cell, grid: Grid, journal: Journal, clock: _Clock, progress: Progress
 ) -> None:
-    """Boot the solution, measure, and print the table."""
-    if rounds < 2 or not per_connection or min(per_connection) < 1:
-        raise UsageError(
-            "bench needs 2 or more rounds, and numbers of transactions from 1", "see --help bench"
-        )
+    def there() -> list[Sample]:
+        return [sample for sample in journal.samples if sample.cell == cell]
+
+    for number in range(4 * grid.rounds if grid.until else grid.rounds):
+        done = {sample.server for sample in there() if sample.round == number}
+        if number >= grid.rounds and not done and _narrow(there(), grid):
+            break
+        for server in grid.servers:
+            if server in done:
+                continue
+            progress.update(
+                f"{cell.vcpus} vCPUs, {cell.size} B, n = {cell.per_connection}, "
+                f"round {number + 1}: {server} ({clock})"
+            )
+            sample = _sample(station, cell, server, number, grid.seed + number)
+            journal.add(sample)
+            clock.add(sample)
+
+
+def _narrow(found: Sequence[Sample], grid: Grid) -> bool:
+    """Whether each server's ratio to the first is known as exactly as is wanted."""
+    (comparison,) = compare.compare(found)
+    ratios = [
+        comparison.ratio(server, compare.instructions, grid.servers[0]) for server in grid.servers
+    ]
+    return all(100 * ratio.half <= grid.until for ratio in ratios if ratio is not None)
+
+
+def identity(grid: Grid, built: Built) -> dict[str, Any]:
+    """Return what makes two benches the same: what is measured, and with what."""
+    # More rounds may be added to what there is.
+    what = {key: value for key, value in asdict(grid).items() if key not in ("rounds", "until")}
+    return {
+        **what,
+        "commands": {name: SERVERS[name] for name in grid.servers},
+        "kernel": built.kernel.release,
+        "kernel_key": built.kernel.key,
+        "module_key": built.module.key,
+        "image_key": built.image.key,
+    }
+
+
+def run(lab: Lab, grid: Grid, out: Path, *, fresh: bool = False) -> None:
+    """Measure what is not measured yet, write the result to `out`, and print the tables."""
     progress = Progress()
     with progress.phase("build"):
         built = build(lab, variants.solution(lab.folder), build_kernel(progress=progress))
-    with progress.phase("bench"), Station(built, vcpus) as station:
-        rows = measure(station, per_connection, rounds, progress, servers)
-    Console().print(table(rows))
-    progress.say(
-        f"{vcpus} vCPUs, {CONNECTIONS} connections in rounds, 64 B, {rounds} rounds; ± is the 95 % "
-        f"interval of the mean. {progress.summary()}"
+    journal = Journal(out, identity(grid, built))
+    with journal.open(fresh=fresh):
+        clock = _Clock(grid, journal.samples)
+        if clock.done:
+            progress.say(f"going on after {clock.done} measurements in {journal.path}")
+        progress.say(f"{clock.total} measurements, {duration(grid.seconds)} or so in all")
+        machine: dict[str, Any] = {}
+        with progress.phase("bench"):
+            for vcpus in grid.vcpus:
+                cells = [cell for cell in grid.cells(vcpus) if not _complete(cell, grid, journal)]
+                if not cells:
+                    continue
+                progress.update(f"booting with {vcpus} vCPUs")
+                with Station(built, vcpus) as station:
+                    machine = station.machine.environment()
+                    for cell in cells:
+                        _measure_cell(station, cell, grid, journal, clock, progress)
+        made = samples.document(identity(grid, built), _environment(machine), journal.samples)
+        journal.finish(made)
+    report(journal.samples, Console())
+    progress.say(f"{out} has the counts. {progress.summary()}")
+
+
+def _complete(cell: Cell, grid: Grid, journal: Journal) -> bool:
+    rounds = {(s.server, s.round) for s in journal.samples if s.cell == cell}
+    if not rounds.issuperset((s, r) for s in grid.servers for r in range(grid.rounds)):
+        return False
+    return not grid.until or _narrow([s for s in journal.samples if s.cell == cell], grid)
+
+
+def _environment(machine: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the last machine's, and the host's; what differs between machines is in the cells."""
+    kept = ("qemu", "cpu_model", "accelerator", "memory_mib", "host_cpus", "host_kernel", "python")
+    return {
+        **{key: machine[key] for key in kept if key in machine},
+        "host_processor": _processor(),
+        "commit": commit(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def report(found: Sequence[Sample], console: Console) -> None:
+    """Print a table for each cell."""
+    for comparison in compare.compare(found):
+        console.print(table(comparison))
+    console.print(
+        "± is the 95 % interval over the rounds; ratio and tax are taken round by round. "
+        "tax: what is above the limit, in parts of it; removed: how much of epoll's tax is gone."
     )
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """Return the costs per transaction for people."""
-    result = Table(box=box.SIMPLE_HEAD, title="per transaction", title_justify="left")
-    result.add_column("n", justify="right")
+def table(comparison: Comparison) -> Table:
+    """Return one cell for people: per transaction, each server's counts, ratio and tax."""
+    cell = comparison.cell
+    rounds = len(next(iter(comparison.samples.values())))
+    result = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"n = {cell.per_connection}, {cell.size} B, {cell.vcpus} vCPUs, "
+        f"{connections(cell)} connections, {rounds} rounds; per transaction",
+        title_justify="left",
+    )
     result.add_column("server", no_wrap=True)
-    for title in METRICS.values():
+    for title in (
+        "instructions",
+        "of epoll",
+        "tax",
+        "removed",
+        "system calls",
+        "wake-ups",
+        "files",
+    ):
         result.add_column(title, justify="right", no_wrap=True)
-    for row in rows:
-        cells = []
-        for metric in METRICS:
-            spread = row.spread(metric)
-            digits = 0 if metric == "instructions" else 2
-            # Slopes of 0 come out on either side of it: no "-0.00".
-            mean = round(spread.mean, digits) + 0.0
-            cells.append(f"{mean:,.{digits}f} ± {spread.half:,.{digits}f}")
-        result.add_row(str(row.per_connection), row.server, *cells)
+    for server in comparison.samples:
+        result.add_row(
+            server,
+            _number(comparison.spread(server, compare.instructions), 0),
+            _percent(comparison.ratio(server, compare.instructions)),
+            _percent(comparison.tax(server, compare.instructions)),
+            _percent(comparison.removed(server, compare.instructions)),
+            *(
+                _number(comparison.spread(server, compare.calls(name)), 2)
+                for name in ("syscalls", "wakeups", "file_alloc")
+            ),
+        )
     return result
+
+
+def _number(spread: Interval, digits: int) -> str:
+    # Slopes of 0 come out on either side of it: no "-0.00".
+    mean = round(spread.mean, digits) + 0.0
+    return f"{mean:,.{digits}f} ± {spread.half:,.{digits}f}"
+
+
+def _percent(spread: Interval | None) -> str:
+    return "" if spread is None else f"{spread.mean:.1%} ± {spread.half:.1%}"

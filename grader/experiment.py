@@ -53,6 +53,26 @@ class Costs:
 
 
 @dataclass(frozen=True)
+class Window:
+    """What was counted, over all vCPUs, while so many transactions were done."""
+
+    transactions: int
+    user: int
+    kernel: int
+    calls: Mapping[str, int]
+
+
+def slope(short: Window, long: Window) -> Costs:
+    """Return what a transaction costs, from windows of different length."""
+    span = long.transactions - short.transactions
+    return Costs(
+        user_instructions=(long.user - short.user) / span,
+        kernel_instructions=(long.kernel - short.kernel) / span,
+        calls={name: (count - short.calls[name]) / span for name, count in long.calls.items()},
+    )
+
+
+@dataclass(frozen=True)
 class Failure:
     """Why an experiment has no result."""
 
@@ -158,21 +178,19 @@ class Session:
 
     def costs(self, short: int, long: int) -> Costs:
         """Measure the cost of a transaction as the slope between two windows."""
-        readings = [self._station.probe.read()]
-        for transactions in (short, long):
+        return slope(*self.windows(short, long))
+
+    def windows(self, *lengths: int) -> list[Window]:
+        """Count during so many transactions each, one window after the other."""
+        before = self._station.probe.read()
+        windows = []
+        for transactions in lengths:
             self.run(transactions)
-            readings.append(self._station.probe.read())
-        first = (readings[1] - readings[0]).total
-        second = (readings[2] - readings[1]).total
-        span = long - short
-        return Costs(
-            user_instructions=(second.user - first.user) / span,
-            kernel_instructions=(second.kernel - first.kernel) / span,
-            calls={
-                name: (count - first.functions[name]) / span
-                for name, count in second.functions.items()
-            },
-        )
+            after = self._station.probe.read()
+            total = (after - before).total
+            windows.append(Window(transactions, total.user, total.kernel, total.functions))
+            before = after
+        return windows
 
     @contextmanager
     def _judged(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ from grader.machine import Machine, MachineConfig
 from grader.probe import Probe, ProbeConfig, Symbols
 from grader.variant import Variant
 from images.build import Image, build_image, build_programs
-from kernel.build import UAPI, Kernel, Module, build_module, module_lab_files
+from kernel.build import UAPI, Kernel, Module, build_limit, build_module, module_lab_files
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def build(lab: Lab, variant: Variant, kernel: Kernel) -> Built:
     """Compile a variant; a student's mistake is a `ModuleError` or a `CompileError`."""
     module = build_module(kernel, kernel_files(lab, variant))
     library = [variant.files[name] for name in lab.files if name not in lab.kernel_files]
-    image = build_image(build_programs(library, UAPI), module.ko)
+    image = build_image(build_programs(library, UAPI), [module.ko, build_limit(kernel).ko])
     return Built(variant, kernel, module, image)
 
 

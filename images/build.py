@@ -21,8 +21,6 @@ from grader.errors import UserError
 
 GUEST = Path(__file__).parent / "guest"
 
-MODULE_NAME = "megapipe.ko"
-
 # A file's time is part of the archive; any fixed one makes its bytes repeat.
 _EPOCH = 1_000_000_000
 # Goes into the image's key: raise it when the steps below change what they make.
@@ -146,18 +144,17 @@ def _links(folder: Path) -> Iterator[Callable[[str, Path], None]]:
             path.unlink()
 
 
-def build_image(programs: Path, module: Path | None) -> Image:
-    """Return an initramfs with busybox, the init script, `programs`/bin/* and the module.
+def build_image(programs: Path, modules: Sequence[Path]) -> Image:
+    """Return an initramfs with busybox, the init script, `programs`/bin/* and kernel modules.
 
     The archive is not compressed: QEMU hands it over in memory, and unpacking it would be the
     guest's work, at the emulator's speed.
     """
     busybox = _busybox()
     parts: list[str | bytes | Path] = [_RECIPE, GUEST / "init", busybox, programs / "bin", _cpio()]
-    if module is not None:
-        parts.append(module)
+    parts += modules
     key = cache.digest(*parts)
-    folder = cache.entry("image", key, functools.partial(_make_image, busybox, programs, module))
+    folder = cache.entry("image", key, functools.partial(_make_image, busybox, programs, modules))
     return Image(folder / "initramfs", key)
 
 
@@ -186,7 +183,7 @@ def _cpio() -> str:
     return _tool(["cpio", "--version"]).stdout
 
 
-def _make_image(busybox: Path, programs: Path, module: Path | None, folder: Path) -> None:
+def _make_image(busybox: Path, programs: Path, modules: Sequence[Path], folder: Path) -> None:
     stage = folder / "stage"
     for name in ("bin", "dev", "etc", "proc", "run", "sys", "tmp"):
         (stage / name).mkdir(parents=True)
@@ -206,10 +203,10 @@ def _make_image(busybox: Path, programs: Path, module: Path | None, folder: Path
         target.unlink(missing_ok=True)
         _copy(program, target, 0o755)
     _copy(GUEST / "init", stage / "init", 0o755)
-    if module is not None:
+    for module in modules:
         # Nine tenths of it are for debuggers, which read the original outside.
-        _tool(["objcopy", "--strip-debug", str(module), str(stage / MODULE_NAME)])
-        (stage / MODULE_NAME).chmod(0o644)
+        _tool(["objcopy", "--strip-debug", str(module), str(stage / module.name)])
+        (stage / module.name).chmod(0o644)
 
     # The kernel brings /dev/console itself, and init mounts devtmpfs over it: no node is needed
     # in the archive, and so no privilege to make one.

@@ -24,6 +24,7 @@ HERE = Path(__file__).parent
 PATCHES = HERE / "patches"
 CONFIG = HERE / "config"
 MODULE = HERE / "megapipe"
+LIMIT = HERE / "limit"
 UAPI = MODULE / "uapi"
 DEBIAN_TARBALL = Path("/usr/src/linux-source-6.12.tar.xz")
 
@@ -67,7 +68,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Module:
-    """megapipe.ko, built from one variant."""
+    """A kernel module: megapipe.ko, built from one variant, or mp_limit.ko."""
 
     ko: Path
     key: str
@@ -311,21 +312,33 @@ def build_module(kernel: Kernel, files: Mapping[str, Path]) -> Module:
 
     Errors: `ModuleError` with the compiler's text if it does not compile.
     """
-    sources = sorted(path for path in MODULE.rglob("*") if path.is_file())
+    return _build_module(kernel, "megapipe", MODULE, files)
+
+
+def build_limit(kernel: Kernel) -> Module:
+    """Build mp_limit.ko, the echo inside the kernel that servers are compared with."""
+    try:
+        return _build_module(kernel, "mp_limit", LIMIT, {})
+    except ModuleError as error:
+        raise BuildError(f"mp_limit.ko does not compile\n{error.text}", "put it back") from error
+
+
+def _build_module(kernel: Kernel, name: str, source: Path, files: Mapping[str, Path]) -> Module:
+    sources = sorted(path for path in source.rglob("*") if path.is_file())
     key = cache.digest(
         _MODULE_RECIPE,
         kernel.key,
-        MODULE,
-        *(part for name in sorted(files) for part in (name, files[name].read_bytes())),
+        source,
+        *(part for file in sorted(files) for part in (file, files[file].read_bytes())),
     )
 
     def make(folder: Path) -> None:
         for path in sources:
-            target = folder / path.relative_to(MODULE)
+            target = folder / path.relative_to(source)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
-        for name, path in files.items():
-            shutil.copyfile(path, folder / name)
+        for file, path in files.items():
+            shutil.copyfile(path, folder / file)
         done = subprocess.run(
             ["make", "-s", "-C", str(kernel.build), f"M={folder}", f"-j{os.cpu_count() or 1}"],
             capture_output=True,
@@ -343,7 +356,7 @@ def build_module(kernel: Kernel, files: Mapping[str, Path]) -> Module:
             if path.suffix in {".o", ".cmd", ".mod"} or path.name.startswith("."):
                 path.unlink()
 
-    return Module(cache.entry("module", key, make) / "megapipe.ko", key)
+    return Module(cache.entry("module", key, make) / f"{name}.ko", key)
 
 
 def _compile_commands(kernel: Kernel, folder: Path) -> list[dict[str, str]]:

@@ -57,4 +57,4 @@ def agent_image(tmp_path_factory: pytest.TempPathFactory) -> images.Image:
         shutil.copy(images.GUEST / name, guest)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(images, "GUEST", guest)
-        return images.build_image(images.build_programs([], guest), None)
+        return images.build_image(images.build_programs([], guest), [])

@@ -132,7 +132,7 @@ def test_the_image_holds_what_the_guest_needs(guest: Path) -> None:
     source.write_text("int answer(void) { return 42; }\n")
     subprocess.run(["gcc", "-g", "-c", source, "-o", module], check=True)
     source.unlink()
-    image = build.build_image(programs(guest), module)
+    image = build.build_image(programs(guest), [module])
     entries = listing(image.initramfs)
     # Without what only debuggers read.
     assert b".debug_info" in module.read_bytes()
@@ -146,10 +146,10 @@ def test_the_image_holds_what_the_guest_needs(guest: Path) -> None:
 
 
 def test_the_images_bytes_repeat(guest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = build.build_image(programs(guest), None)
+    first = build.build_image(programs(guest), [])
     one = first.initramfs.read_bytes()
     monkeypatch.setenv("XDG_CACHE_HOME", str(guest.parent / "another cache"))
-    second = build.build_image(programs(guest), None)
+    second = build.build_image(programs(guest), [])
     assert second.initramfs != first.initramfs and second.key == first.key
     assert second.initramfs.read_bytes() == one
 
@@ -165,7 +165,7 @@ def test_a_busybox_with_libraries_is_refused(
     folder = programs(guest)
     monkeypatch.setenv("PATH", str(tools))
     with pytest.raises(build.BuildError, match="not statically linked"):
-        build.build_image(folder, None)
+        build.build_image(folder, [])
     (tools / "busybox").unlink()
     with pytest.raises(build.BuildError, match="busybox is missing"):
-        build.build_image(folder, None)
+        build.build_image(folder, [])

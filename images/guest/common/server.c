@@ -142,7 +142,8 @@ static void become_daemon(void)
 	ready_pipe = ends[1];
 }
 
-int server_main(int argc, char **argv, const char *about, void (*run)(struct server_thread *))
+static int start(int argc, char **argv, const char *about, void (*run)(struct server_thread *),
+		 bool in_kernel)
 {
 	enum { PORT = 256, THREADS, BUFFER, DAEMON, EXCLUSIVE, REUSEPORT, BATCH, PARTITION, LWSOCKET,
 	       THRESHOLD, ACCEPTS, REQUESTS, COMPLETIONS, HELP };
@@ -233,18 +234,19 @@ int server_main(int argc, char **argv, const char *about, void (*run)(struct ser
 	if (!options.accepts)
 		options.accepts = options.partition ? 64 : 1;
 	signal(SIGPIPE, SIG_IGN);
+	if (in_kernel)
+		options.threads = 1;
 	threads = calloc(options.threads, sizeof(*threads));
 	if (!threads)
 		server_fail("threads", ENOMEM);
 	for (int i = 0; i < options.threads; i++) {
-		bool own = options.reuseport || !i;
-
-		threads[i] = (struct server_thread){
-			.options = &options,
-			.index = i,
-			.listener = own ? listen_on(options.port, options.reuseport ? i : -1)
-					: threads[0].listener,
-		};
+		threads[i] = (struct server_thread){ .options = &options, .index = i };
+		if (in_kernel)
+			threads[i].listener = -1;
+		else if (options.reuseport)
+			threads[i].listener = listen_on(options.port, i);
+		else
+			threads[i].listener = i ? threads[0].listener : listen_on(options.port, -1);
 	}
 	if (daemon)
 		become_daemon();
@@ -256,4 +258,15 @@ int server_main(int argc, char **argv, const char *about, void (*run)(struct ser
 	}
 	for (;;)
 		pause();
+}
+
+int server_main(int argc, char **argv, const char *about, void (*run)(struct server_thread *))
+{
+	return start(argc, argv, about, run, false);
+}
+
+int server_main_in_kernel(int argc, char **argv, const char *about,
+			  void (*run)(struct server_thread *))
+{
+	return start(argc, argv, about, run, true);
 }

@@ -39,6 +39,10 @@ struct server_thread {
  */
 int server_main(int argc, char **argv, const char *about, void (*run)(struct server_thread *));
 
+/* The same for a server that works in the kernel: one thread, and no listener. */
+int server_main_in_kernel(int argc, char **argv, const char *about,
+			  void (*run)(struct server_thread *));
+
 /* This thread can take connections now. */
 void server_ready(void);
 
