@@ -42,7 +42,8 @@ def build(lab: Lab, variant: Variant, kernel: Kernel) -> Built:
     """Compile a variant; a student's mistake is a `ModuleError` or a `CompileError`."""
     module = build_module(kernel, kernel_files(lab, variant))
     library = [variant.files[name] for name in lab.files if name not in lab.kernel_files]
-    image = build_image(build_programs(library, UAPI), [module.ko, build_limit(kernel).ko])
+    programs = build_programs(library, UAPI, kernel.source / "include/uapi")
+    image = build_image(programs, [module.ko, build_limit(kernel).ko])
     return Built(variant, kernel, module, image)
 
 

@@ -9,7 +9,7 @@ import functools
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,10 @@ from grader import cache
 from grader.errors import UserError
 
 GUEST = Path(__file__).parent / "guest"
+
+# The guest runs a newer kernel than the one whose headers a distribution ships. These come from
+# its source: each stands alone, so it needs nothing of what `make headers_install` does.
+KERNEL_HEADERS = ("linux/io_uring.h",)
 
 # A file's time is part of the archive; any fixed one makes its bytes repeat.
 _EPOCH = 1_000_000_000
@@ -52,14 +56,18 @@ class Image:
     key: str
 
 
-def build_programs(library_sources: Sequence[Path], header_dir: Path) -> Path:
+def build_programs(
+    library_sources: Sequence[Path], header_dir: Path, kernel_uapi: Path | None = None
+) -> Path:
     """Return a folder whose ``bin/`` holds the guest's programs, statically linked.
 
     `library_sources` are the C files of libmegapipe that lie outside its own folder (a
-    student's). `header_dir` is where the kernel's interface, megapipe.h, lies.
+    student's). `header_dir` is where the kernel's interface, megapipe.h, lies. `kernel_uapi` is
+    include/uapi of the kernel's source, from which `KERNEL_HEADERS` are taken.
     Raises `CompileError` if a file does not compile, `BuildError` if a tool is missing.
     """
-    for path in (*library_sources, header_dir):
+    kernel_headers = {name: kernel_uapi / name for name in KERNEL_HEADERS} if kernel_uapi else {}
+    for path in (*library_sources, header_dir, *kernel_headers.values()):
         if not path.exists():
             raise BuildError(
                 f"{path} does not exist", "the guest's programs need it: check the path"
@@ -73,10 +81,12 @@ def build_programs(library_sources: Sequence[Path], header_dir: Path) -> Path:
         parts += [source.name, source]
     for header in sorted(header_dir.glob("*.h")):
         parts += [header.name, header]
+    for name, header in kernel_headers.items():
+        parts += [name, header]
     return cache.entry(
         "programs",
         cache.digest(*parts),
-        functools.partial(_make_programs, tuple(library_sources), header_dir),
+        functools.partial(_make_programs, tuple(library_sources), header_dir, kernel_headers),
     )
 
 
@@ -98,7 +108,12 @@ def _compiler() -> str:
     return version + cache.digest(libc)
 
 
-def _make_programs(library_sources: Sequence[Path], header_dir: Path, folder: Path) -> None:
+def _make_programs(
+    library_sources: Sequence[Path],
+    header_dir: Path,
+    kernel_headers: Mapping[str, Path],
+    folder: Path,
+) -> None:
     # Make cannot handle a path with a space in it: it sees only these names, which have none.
     names: dict[str, Path] = {}
     with _links(folder) as link:
@@ -106,6 +121,8 @@ def _make_programs(library_sources: Sequence[Path], header_dir: Path, folder: Pa
         link("headers", header_dir.absolute())
         names["guest/"] = GUEST
         names["headers/"] = header_dir
+        for name, header in kernel_headers.items():
+            link(f"kernel/{name}", header.absolute())
         for source in library_sources:
             link(f"given/{source.name}", source.absolute())
             names[f"given/{source.name}"] = source
@@ -114,6 +131,7 @@ def _make_programs(library_sources: Sequence[Path], header_dir: Path, folder: Pa
             [
                 *("make", "--silent", "--no-print-directory", f"-j{jobs}", "--output-sync=target"),
                 *("-f", "guest/Makefile", "S=guest", "O=.", "HEADERS=headers"),
+                "KERNEL=kernel" if kernel_headers else "KERNEL=",
                 "LIBRARY=" + " ".join(f"given/{source.name}" for source in library_sources),
             ],
             cwd=folder,
@@ -133,7 +151,7 @@ def _links(folder: Path) -> Iterator[Callable[[str, Path], None]]:
 
     def link(name: str, target: Path) -> None:
         path = folder / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.symlink_to(target)
         made.append(path)
 

@@ -127,6 +127,29 @@ def test_an_image_without_a_library_folder(guest: Path) -> None:
     assert (build.build_programs([], guest / "uapi") / "bin" / "hello").is_file()
 
 
+def test_headers_of_the_kernel_take_the_place_of_the_distributions(guest: Path) -> None:
+    uapi = guest / "source" / "linux"
+    for name in build.KERNEL_HEADERS:
+        (uapi / name).parent.mkdir(parents=True, exist_ok=True)
+        (uapi / name).write_text("enum { ANSWER = 43 };\n")
+    # Not one of them: were it found, nothing would compile.
+    (uapi / "linux" / "types.h").write_text("#error this is the kernel's own\n")
+    (guest / "hello.c").write_text(
+        "#include <linux/io_uring.h>\n#include <linux/types.h>\nint main(void) { return ANSWER; }\n"
+    )
+    student = guest / "student" / "flush.c"
+    with pytest.raises(build.CompileError, match="ANSWER"):
+        build.build_programs([student], guest / "uapi")
+    built = build.build_programs([student], guest / "uapi", uapi)
+    assert subprocess.run([built / "bin" / "hello"], check=False).returncode == 43
+    (uapi / build.KERNEL_HEADERS[0]).write_text("enum { ANSWER = 44 };\n")
+    again = build.build_programs([student], guest / "uapi", uapi)
+    assert subprocess.run([again / "bin" / "hello"], check=False).returncode == 44
+    (uapi / build.KERNEL_HEADERS[0]).unlink()
+    with pytest.raises(build.BuildError, match=build.KERNEL_HEADERS[0]):
+        build.build_programs([student], guest / "uapi", uapi)
+
+
 def test_the_image_holds_what_the_guest_needs(guest: Path) -> None:
     source, module = guest / "module.c", guest / "some.ko"
     source.write_text("int answer(void) { return 42; }\n")
