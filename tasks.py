@@ -240,7 +240,7 @@ def bench(
     show: str = "",
     lab: str = LAB,
 ) -> None:
-    """Measure MegaPipe, epoll and the limit side by side."""
+    """Measure MegaPipe, epoll, io_uring and the limit side by side."""
     from dataclasses import replace
 
     from rich.console import Console

@@ -1,4 +1,4 @@
-"""Servers side by side: what a transaction costs with MegaPipe, with epoll, and at least.
+"""Servers side by side: what a transaction costs with MegaPipe, epoll and io_uring, and at least.
 
 For each cell of a grid (vCPUs, message size, transactions per connection) all servers are measured
 in turn, round after round, so that what the host does meanwhile meets all of them. What one
@@ -31,11 +31,13 @@ from grader.samples import Cell, Journal, Sample
 from grader.station import Built, Station, build
 from kernel.build import build_kernel
 
-# MegaPipe with any of its three optimisations: batching, partitioning, lwsockets.
+# epoll with one listener for all, as in the paper, and with what Linux has learned since; io_uring
+# as good as we know it; MegaPipe with any of its optimisations: batching, partitioning, lwsockets.
 SERVERS: Mapping[str, str] = {
     "epoll": "epoll-server",
     "epoll-exclusive": "epoll-server --exclusive",
     "epoll-reuseport": "epoll-server --reuseport",
+    "io_uring": "uring-server --reuseport",
     "plain": "mp-server",
     "B": "mp-server --batch",
     "P": "mp-server --partition",

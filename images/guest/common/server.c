@@ -52,6 +52,9 @@ static void usage(const char *about, const char *name)
 	       "                    (epoll-server and uring-server)\n"
 	       "epoll-server only:\n"
 	       "  --exclusive       an arriving connection wakes one thread: EPOLLEXCLUSIVE\n"
+	       "uring-server only:\n"
+	       "  --buffers N       for what a thread has received and not sent; a power of two (as\n"
+	       "                    many as fit into 8 MiB, from 16 to 4096)\n"
 	       "mp-server only:\n"
 	       "  --batch           switch batching on\n"
 	       "  --partition       give each thread an accept queue of its own\n"
@@ -145,8 +148,8 @@ static void become_daemon(void)
 static int start(int argc, char **argv, const char *about, void (*run)(struct server_thread *),
 		 bool in_kernel)
 {
-	enum { PORT = 256, THREADS, BUFFER, DAEMON, EXCLUSIVE, REUSEPORT, BATCH, PARTITION, LWSOCKET,
-	       THRESHOLD, ACCEPTS, REQUESTS, COMPLETIONS, HELP };
+	enum { PORT = 256, THREADS, BUFFER, DAEMON, EXCLUSIVE, REUSEPORT, BUFFERS, BATCH, PARTITION,
+	       LWSOCKET, THRESHOLD, ACCEPTS, REQUESTS, COMPLETIONS, HELP };
 	static const struct option known[] = {
 		{ "port", required_argument, NULL, PORT },
 		{ "threads", required_argument, NULL, THREADS },
@@ -154,6 +157,7 @@ static int start(int argc, char **argv, const char *about, void (*run)(struct se
 		{ "daemon", no_argument, NULL, DAEMON },
 		{ "exclusive", no_argument, NULL, EXCLUSIVE },
 		{ "reuseport", no_argument, NULL, REUSEPORT },
+		{ "buffers", required_argument, NULL, BUFFERS },
 		{ "batch", no_argument, NULL, BATCH },
 		{ "partition", no_argument, NULL, PARTITION },
 		{ "lwsocket", no_argument, NULL, LWSOCKET },
@@ -195,6 +199,9 @@ static int start(int argc, char **argv, const char *about, void (*run)(struct se
 			break;
 		case REUSEPORT:
 			options.reuseport = true;
+			break;
+		case BUFFERS:
+			options.buffers = number(name, optarg, 1, 32768);
 			break;
 		case BATCH:
 			options.batch = true;

@@ -17,6 +17,7 @@ struct server_options {
 	int buffer;		/* bytes per connection, read at a time */
 	bool exclusive;		/* epoll-server only */
 	bool reuseport;		/* a listener for each thread; not mp-server */
+	int buffers;		/* uring-server only: of one thread, 0: as many as fit */
 	bool batch;		/* mp-server only, from here on */
 	bool partition;
 	bool lwsocket;
