@@ -255,7 +255,7 @@ def bench(
     if quick and full:
         raise UsageError("--quick and --full exclude each other", "leave one of them out")
     grid = module.QUICK if quick else module.FULL if full else module.USUAL
-    given = {
+    given: dict[str, Any] = {
         "servers": module.choose(servers) if servers else (),
         "per_connection": _numbers("per-connection", per_connection),
         "sizes": _numbers("sizes", sizes),

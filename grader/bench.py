@@ -111,10 +111,10 @@ class Grid:
         return total * limits.factor()
 
 
-PEERS = ("epoll", "epoll-exclusive", "epoll-reuseport")
+PEERS = ("epoll", "epoll-exclusive", "epoll-reuseport", "io_uring")
 USUAL = Grid((*PEERS, "plain", "B", "BPL", "limit"), (1, 10, 128))
 # In five minutes on two cores.
-QUICK = Grid(("epoll", "epoll-reuseport", "BPL", "limit"), (1, 10, 32))
+QUICK = Grid(("epoll", "epoll-reuseport", "io_uring", "BPL", "limit"), (1, 10, 32))
 FULL = Grid(
     tuple(SERVERS),
     per_connection=(1, 2, 4, 8, 16, 32, 64, 128),
@@ -291,6 +291,7 @@ def report(found: Sequence[Sample], console: Console) -> None:
         console.print(table(comparison))
     console.print(
         "± is the 95 % interval over the rounds; ratio and tax are taken round by round. "
+        "instructions are those without the clock's interrupt (clock), which go with real time. "
         "tax: what is above the limit, in parts of it; removed: how much of epoll's tax is gone."
     )
 
@@ -323,6 +324,7 @@ def table(comparison: Comparison) -> Table:
             _percent(comparison.ratio(server, compare.instructions)),
             _percent(comparison.tax(server, compare.instructions)),
             _percent(comparison.removed(server, compare.instructions)),
+            f"{comparison.spread(server, compare.clock).mean:,.0f}",
             *(
                 _number(comparison.spread(server, compare.calls(name)), 2)
                 for name in ("syscalls", "wakeups", "file_alloc")

@@ -39,6 +39,8 @@ class Costs:
 
     user_instructions: float
     kernel_instructions: float
+    clock_instructions: float
+    """Of the kernel's, those in the clock's interrupt; they go with real time."""
     calls: Mapping[str, float]
     """Entries of each function that the probe counts."""
 
@@ -46,6 +48,11 @@ class Costs:
     def instructions(self) -> float:
         """User and kernel instructions together."""
         return self.user_instructions + self.kernel_instructions
+
+    @property
+    def work(self) -> float:
+        """The instructions without the clock's."""
+        return self.instructions - self.clock_instructions
 
     def metric(self, name: str) -> float:
         """Return the cost that a lab.toml calls `name`."""
@@ -59,6 +66,7 @@ class Window:
     transactions: int
     user: int
     kernel: int
+    clock: int
     calls: Mapping[str, int]
 
 
@@ -68,6 +76,7 @@ def slope(short: Window, long: Window) -> Costs:
     return Costs(
         user_instructions=(long.user - short.user) / span,
         kernel_instructions=(long.kernel - short.kernel) / span,
+        clock_instructions=(long.clock - short.clock) / span,
         calls={name: (count - short.calls[name]) / span for name, count in long.calls.items()},
     )
 
@@ -188,7 +197,9 @@ class Session:
             self.run(transactions)
             after = self._station.probe.read()
             total = (after - before).total
-            windows.append(Window(transactions, total.user, total.kernel, total.functions))
+            windows.append(
+                Window(transactions, total.user, total.kernel, total.clock, total.functions)
+            )
             before = after
         return windows
 

@@ -205,7 +205,7 @@ class References:
 
 def _end_of(station: Station) -> MachineEnd:
     total = station.probe.read().total
-    counters = {"user": total.user, "kernel": total.kernel, **total.functions}
+    counters = {"user": total.user, "kernel": total.kernel, "clock": total.clock, **total.functions}
     return MachineEnd(station.name, station.machine.console.transcript.text, counters)
 
 

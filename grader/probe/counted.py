@@ -64,6 +64,9 @@ EVENTS = (
         "inter-processor interrupts received",
         optional=True,
     ),
+    # These two bound what the probe counts as the clock's, see probe.c.
+    _counted("clock_ticks", "sysvec_apic_timer_interrupt", "interrupts of the local clock"),
+    _counted("interrupts_over", "irq_exit_rcu", "interrupts, all, at their end"),
     _counted("virtnet_poll", "virtnet_poll", "runs of the network card's poll"),
     _counted("start_xmit", "start_xmit", "packets handed to the virtio network card"),
     _counted("doorbells", "vp_notify vp_notify_with_data", "writes of a virtio doorbell"),

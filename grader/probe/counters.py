@@ -13,11 +13,13 @@ import numpy.typing as npt
 from grader.probe.errors import ProbeError
 
 MAGIC = b"MPPROBE\n"
-LAYOUT = 1
+LAYOUT = 2
 # As in probe.c: magic, layout, vcpus, functions, block_bytes, blocks_offset | state, api_version,
 # guest_vcpus, addresses.
 HEADER = struct.Struct("<8sIIIIQIIII")
 BLOCKS_OFFSET = 4096
+# Words of a block before its functions: user, kernel, clock, in_clock.
+FIXED = 4
 BLOCK_ALIGN = 128
 REPEAT = "something else wrote to it; run it again with a new probe"
 STATE_NEW, STATE_COUNTING, STATE_ENDED = range(3)
@@ -31,6 +33,8 @@ class Total:
 
     user: int
     kernel: int
+    clock: int
+    """Of the kernel's instructions, those in the interrupt of the clock."""
     functions: Mapping[str, int]
 
     @property
@@ -45,6 +49,7 @@ class Counters:
 
     user: Counts
     kernel: Counts
+    clock: Counts
     functions: Mapping[str, Counts]
 
     def __sub__(self, earlier: Counters) -> Counters:
@@ -56,6 +61,7 @@ class Counters:
         return Counters(
             self.user - earlier.user,
             self.kernel - earlier.kernel,
+            self.clock - earlier.clock,
             {name: calls - earlier.functions[name] for name, calls in self.functions.items()},
         )
 
@@ -63,7 +69,7 @@ class Counters:
     def total(self) -> Total:
         """The sums over all vCPUs."""
         sums = {name: int(calls.sum()) for name, calls in self.functions.items()}
-        return Total(int(self.user.sum()), int(self.kernel.sum()), sums)
+        return Total(int(self.user.sum()), int(self.kernel.sum()), int(self.clock.sum()), sums)
 
     def never_executed(self, expected: Iterable[str]) -> tuple[str, ...]:
         """Return those of the counters `expected` that no vCPU has moved.
@@ -110,7 +116,7 @@ class Header:
 
 
 def _block_bytes(functions: int) -> int:
-    return -(-8 * (2 + functions) // BLOCK_ALIGN) * BLOCK_ALIGN
+    return -(-8 * (FIXED + functions) // BLOCK_ALIGN) * BLOCK_ALIGN
 
 
 def new_file(vcpus: int, functions: int) -> bytes:
@@ -138,5 +144,5 @@ def parse(data: bytes | mmap.mmap, names: Sequence[str]) -> Counters:
     # Signed, since NumPy makes floats of unsigned integers that meet signed ones.
     table = raw.reshape(header.vcpus, words).astype(np.int64)
     table.flags.writeable = False
-    calls = {name: table[:, 2 + index] for index, name in enumerate(names)}
-    return Counters(table[:, 0], table[:, 1], calls)
+    calls = {name: table[:, FIXED + index] for index, name in enumerate(names)}
+    return Counters(table[:, 0], table[:, 1], table[:, 2], calls)

@@ -5,7 +5,11 @@
  *   - the instructions executed in user mode and in the kernel, by the half of the address space
  *     that a translation block lies in. Firmware and the kernel's first steps run at low
  *     addresses and count as user: only differences taken after boot mean anything;
- *   - the executions of chosen instructions, the entries of kernel functions.
+ *   - the executions of chosen instructions, the entries of kernel functions;
+ *   - of the kernel's instructions, those between an entry of the counter "clock_ticks" and the
+ *     next one of "interrupts_over": the clock's interrupt, without what softirqs do after it.
+ *     Ticks come with real time, so under emulation there are tens of times as many of them for
+ *     the same work.
  *
  * The counters lie in a file that the reader made and both map, so they can be read while the
  * guest runs. Arguments:
@@ -46,7 +50,7 @@
 #endif
 
 #define PROBE_MAGIC	"MPPROBE\n"
-#define PROBE_LAYOUT	1
+#define PROBE_LAYOUT	2
 #define MAX_VCPUS	64
 #define MAX_FUNCTIONS	512
 #define MAX_ADDRESSES	4096
@@ -76,6 +80,8 @@ struct probe_header {
 struct probe_block {
 	uint64_t user;
 	uint64_t kernel;
+	uint64_t clock;		/* of those of the kernel */
+	uint64_t in_clock;	/* 0 or all ones: the vCPU is in the clock's interrupt */
 	uint64_t calls[];
 };
 
@@ -103,12 +109,37 @@ static void count_user(unsigned int vcpu, void *insns)
 
 static void count_kernel(unsigned int vcpu, void *insns)
 {
-	blocks[vcpu]->kernel += (uintptr_t)insns;
+	struct probe_block *block = blocks[vcpu];
+
+	block->kernel += (uintptr_t)insns;
+	block->clock += (uintptr_t)insns & block->in_clock;
 }
 
 static void count_call(unsigned int vcpu, void *function)
 {
 	blocks[vcpu]->calls[(uintptr_t)function]++;
+}
+
+static void begin_clock(unsigned int vcpu, void *function)
+{
+	count_call(vcpu, function);
+	blocks[vcpu]->in_clock = UINT64_MAX;
+}
+
+static void end_clock(unsigned int vcpu, void *function)
+{
+	count_call(vcpu, function);
+	blocks[vcpu]->in_clock = 0;
+}
+
+/* What to call when this function is entered. */
+static qemu_plugin_vcpu_udata_cb_t counting(unsigned int function)
+{
+	if (!strcmp(names[function], "clock_ticks"))
+		return begin_clock;
+	if (!strcmp(names[function], "interrupts_over"))
+		return end_clock;
+	return count_call;
 }
 
 static bool in_kernel(uint64_t vaddr)
@@ -154,7 +185,7 @@ static void translated(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
 			next++;
 		for (; next < n_addresses && addresses[next].vaddr == vaddr; next++)
 			qemu_plugin_register_vcpu_insn_exec_cb(
-				insn, count_call, QEMU_PLUGIN_CB_NO_REGS,
+				insn, counting(addresses[next].function), QEMU_PLUGIN_CB_NO_REGS,
 				(void *)(uintptr_t)addresses[next].function);
 	}
 }

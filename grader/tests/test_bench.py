@@ -40,14 +40,16 @@ def _sample(server: str, number: int, instructions: int, syscalls: float = 2.0) 
 
     def window(transactions: int) -> Window:
         calls = {"syscalls": round(transactions * syscalls), "wakeups": 0, "file_alloc": 0}
-        return Window(transactions, 100 * transactions, 5000 + instructions * transactions, calls)
+        kernel = 5000 + (instructions + 30) * transactions
+        return Window(transactions, 100 * transactions, kernel, 30 * transactions, calls)
 
     return Sample(CELL, server, number, 1 + number, 1.5, window(2560), window(5120))
 
 
 def test_a_cost_is_the_slope_between_the_windows() -> None:
     costs = _sample("epoll", 0, 900).costs
-    assert costs.instructions == 1000
+    assert costs.instructions == 1030
+    assert costs.work == 1000
     assert costs.calls["syscalls"] == 2.0
 
 

@@ -243,6 +243,25 @@ def test_counts_round_trip(harness: Path, tmp_path: Path) -> None:
         found.never_executed(["d"])
 
 
+def test_what_the_clock_costs_is_counted_apart(harness: Path, tmp_path: Path) -> None:
+    functions = "ffffffff81000100 clock_ticks\nffffffff81000200 interrupts_over\n"
+    blocks = (
+        "0 ffffffff81000000 10 1\n"
+        "0 ffffffff81000100 1 1\n"  # the block that enters is counted before it
+        "0 ffffffff81000300 30 2\n"
+        "1 ffffffff81000300 30 1\n"  # another vCPU is not in the clock's interrupt
+        "0 ffffffff81000200 2 1\n"
+        "0 ffffffff81000000 10 1\n"
+        "0 ffffffff81000200 2 1\n"  # the end of an interrupt that was not the clock's
+    )
+    _, left = counted_by(harness, tmp_path, counters.new_file(2, 2), functions, blocks)
+    found = parse(left, ("clock_ticks", "interrupts_over"))
+    assert found.clock.tolist() == [60 + 2, 0]
+    assert found.kernel.tolist() == [10 + 1 + 60 + 2 + 10 + 2, 30]
+    assert found.total.clock == 62
+    assert found.total.functions == {"clock_ticks": 1, "interrupts_over": 2}
+
+
 def test_every_vcpu_has_its_own_block(harness: Path, tmp_path: Path) -> None:
     blocks = "".join(f"{vcpu} ffffffff81000000 1 {vcpu + 1}\n" for vcpu in range(64))
     functions = "".join(f"{0xFFFFFFFF81000000 + i:x} f{i}\n" for i in range(512))
@@ -267,7 +286,7 @@ def header_with(**changes: int | bytes) -> bytes:
     [
         (b"", "ffffffff81000000 f\n", "shorter than its header"),
         (header_with(magic=b"????????"), "ffffffff81000000 f\n", "not a counter file"),
-        (header_with(layout=2), "ffffffff81000000 f\n", "not a counter file"),
+        (header_with(layout=1), "ffffffff81000000 f\n", "not a counter file"),
         (header_with(state=1), "ffffffff81000000 f\n", "already used"),
         (header_with(vcpus=65), "ffffffff81000000 f\n", "does not fit"),
         (header_with(vcpus=3), "ffffffff81000000 f\n", "does not fit"),
@@ -314,11 +333,11 @@ def test_bad_counter_file(data: bytes, message: str) -> None:
 
 def test_readings_of_different_probes() -> None:
     zero = np.zeros(1, np.int64)
-    one = Counters(zero, zero, {"a": zero})
+    one = Counters(zero, zero, zero, {"a": zero})
     with pytest.raises(ProbeError, match="different probes"):
-        _ = one - Counters(zero, zero, {"b": zero})
+        _ = one - Counters(zero, zero, zero, {"b": zero})
     with pytest.raises(ProbeError, match="different probes"):
-        _ = one - Counters(np.zeros(2, np.int64), zero, {"a": zero})
+        _ = one - Counters(np.zeros(2, np.int64), zero, zero, {"a": zero})
 
 
 # -- The plugin in the QEMU at hand

@@ -26,7 +26,9 @@ class FakeStation:
         FakeStation.made.append(self)
         text = SimpleNamespace(text=f"console of {name} {self.boots}")
         self.machine = SimpleNamespace(console=SimpleNamespace(transcript=text))
-        self.probe = SimpleNamespace(read=lambda: SimpleNamespace(total=Total(1, 2, {"ioctl": 3})))
+        self.probe = SimpleNamespace(
+            read=lambda: SimpleNamespace(total=Total(1, 2, 0, {"ioctl": 3}))
+        )
 
     def start(self) -> None:
         self.open = True
@@ -60,7 +62,7 @@ def test_one_that_was_lost_once_is_replaced(references: grade.References) -> Non
     assert [(end.name, end.console) for end in references.ends] == [
         ("solution", "console of solution 1")
     ]
-    assert references.ends[0].counters == {"user": 1, "kernel": 2, "ioctl": 3}
+    assert references.ends[0].counters == {"user": 1, "kernel": 2, "clock": 0, "ioctl": 3}
     running: Any = references.stations()["solution"]
     assert running.boots == 2 and running.open
     assert not FakeStation.made[1].open

@@ -68,6 +68,10 @@ struct mp_channel {
 	/* Handles and waiting lwsockets; as many as descriptors at most. */
 	u32 nr_held;
 
+	/* Handles that were removed and not freed, for the next connections. */
+	struct list_head spare;
+	u32 nr_spare;
+
 	atomic_t nr_jobs;		/* that workers are at, see job.c */
 
 	/*
@@ -175,7 +179,18 @@ int mp_ring_create(struct mp_channel *ch, struct mp_create *args);
 void mp_ring_destroy(struct mp_channel *ch);
 int mp_ring_mmap(struct mp_channel *ch, struct vm_area_struct *vma);
 int mp_ring_check(struct mp_channel *ch);
-void mp_post(struct mp_channel *ch, const struct mp_completion *c);
+
+/*
+ * Write a completion into the next slot; the caller has seen that there is room.
+ * Inline, so that it is put together where it is to be.
+ */
+static __always_inline void mp_post(struct mp_channel *ch, struct mp_completion c)
+{
+	if (WARN_ON_ONCE(ch->cq_tail - ch->cq_head >= ch->cq_entries))
+		return;
+	ch->cq[ch->cq_tail & (ch->cq_entries - 1)] = c;
+	ch->cq_tail++;
+}
 
 /* handle.c */
 int mp_handle_init(void);

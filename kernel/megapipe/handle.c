@@ -19,6 +19,12 @@
 #include "lwsocket.h"
 #include "partition.h"
 
+/*
+ * How many removed handles a channel keeps. To allocate and to free one costs
+ * several times what it costs to clear it, most of it for accounting.
+ */
+#define MP_MAX_SPARE	256
+
 static struct kmem_cache *mp_handle_cache;
 
 int mp_handle_init(void)
@@ -291,9 +297,16 @@ struct mp_handle *mp_handle_add(struct mp_channel *ch, u32 number, u64 cookie)
 		return ERR_PTR(-EEXIST);
 	if (!mp_may_hold(ch))
 		return ERR_PTR(-EMFILE);
-	h = kmem_cache_zalloc(mp_handle_cache, GFP_KERNEL);
-	if (!h)
-		return ERR_PTR(-ENOMEM);
+	h = list_first_entry_or_null(&ch->spare, struct mp_handle, link);
+	if (h) {
+		list_del(&h->link);
+		ch->nr_spare--;
+		memset(h, 0, sizeof(*h));
+	} else {
+		h = kmem_cache_zalloc(mp_handle_cache, GFP_KERNEL);
+		if (!h)
+			return ERR_PTR(-ENOMEM);
+	}
 	h->channel = ch;
 	h->number = number;
 	h->cookie = cookie;
@@ -336,7 +349,12 @@ static void mp_handle_free(struct mp_handle *h)
 	} else if (h->file) {
 		fput(h->file);
 	}
-	kmem_cache_free(mp_handle_cache, h);
+	if (ch->nr_spare < MP_MAX_SPARE) {
+		list_add(&h->link, &ch->spare);
+		ch->nr_spare++;
+	} else {
+		kmem_cache_free(mp_handle_cache, h);
+	}
 }
 
 void mp_handle_remove(struct mp_handle *h)
@@ -348,6 +366,7 @@ void mp_handle_remove(struct mp_handle *h)
 
 void mp_handle_remove_all(struct mp_channel *ch)
 {
+	struct mp_handle *h, *next;
 	u32 number;
 
 	for (number = 0; number < ch->nr_handles; number++) {
@@ -356,6 +375,8 @@ void mp_handle_remove_all(struct mp_channel *ch)
 		cond_resched();
 	}
 	kvfree(ch->handles);
+	list_for_each_entry_safe(h, next, &ch->spare, link)
+		kmem_cache_free(mp_handle_cache, h);
 }
 
 /* --- the list of ready handles --------------------------------------------------- */

@@ -17,13 +17,11 @@
 #include "lwsocket.h"
 #include "partition.h"
 
-static void mp_complete(struct mp_handle *h, const struct mp_completion *c)
+static __always_inline void mp_complete(struct mp_handle *h, struct mp_completion c)
 {
-	struct mp_completion full = *c;
-
-	full.handle = h->number;
-	full.cookie = h->cookie;
-	mp_post(h->channel, &full);
+	c.handle = h->number;
+	c.cookie = h->cookie;
+	mp_post(h->channel, c);
 }
 
 static bool mp_socket_listens(const struct socket *sock)
@@ -295,7 +293,7 @@ static bool mp_try_accept(struct mp_handle *h)
 			c.flags = MP_MORE;
 		if (h->kind == &mp_tcp_kind)
 			c.queued = READ_ONCE(sk->sk_ack_backlog);
-		mp_complete(h, &c);
+		mp_complete(h, c);
 	}
 	h->pending &= ~EPOLLIN;
 	/*
@@ -328,7 +326,7 @@ static void mp_read_done(struct mp_handle *h, ssize_t result)
 	struct mp_completion c = { .op = MP_OP_READ, .result = result };
 
 	h->pending &= ~EPOLLIN;
-	mp_complete(h, &c);
+	mp_complete(h, c);
 }
 
 static bool mp_try_read(struct mp_handle *h)
@@ -416,7 +414,7 @@ static bool mp_try_write(struct mp_handle *h)
 	kfree(w->iov);
 	w->iov = NULL;
 	h->pending &= ~EPOLLOUT;
-	mp_complete(h, &c);
+	mp_complete(h, c);
 	return true;
 }
 
@@ -472,7 +470,7 @@ int mp_disconnect(struct mp_handle *h, const struct mp_request *req)
 	if (!h->sock)
 		return -ENOTSOCK;
 	c.result = __sys_shutdown_sock(h->sock, SHUT_RDWR);
-	mp_complete(h, &c);
+	mp_complete(h, c);
 	return 0;
 }
 
@@ -500,7 +498,7 @@ int mp_convert(struct mp_handle *h, const struct mp_request *req)
 		fd_install(fd, get_file(file));
 		c.result = fd;
 	}
-	mp_complete(h, &c);
+	mp_complete(h, c);
 	if (h->pending)
 		mp_handle_make_ready(h, h->pending);
 	return 0;
@@ -521,7 +519,7 @@ static bool mp_give_up(struct mp_handle *h, int error)
 			return false;
 		h->accepts = 0;
 		h->pending &= ~EPOLLIN;
-		mp_complete(h, &c);
+		mp_complete(h, c);
 	}
 	if (h->pending & EPOLLOUT) {
 		struct mp_completion c = {
@@ -535,7 +533,7 @@ static bool mp_give_up(struct mp_handle *h, int error)
 		kfree(h->write.iov);
 		h->write.iov = NULL;
 		h->pending &= ~EPOLLOUT;
-		mp_complete(h, &c);
+		mp_complete(h, c);
 	}
 	return true;
 }

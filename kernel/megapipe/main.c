@@ -23,15 +23,15 @@
 
 static int mp_unregister(struct mp_handle *h, const struct mp_request *req)
 {
-	struct mp_completion c = {
-		.op = MP_OP_UNREGISTER,
-		.handle = h->number,
-		.cookie = h->cookie,
-	};
 	struct mp_channel *ch = h->channel;
+	u64 cookie = h->cookie;
 
 	mp_handle_remove(h);
-	mp_post(ch, &c);
+	mp_post(ch, (struct mp_completion){
+		.op = MP_OP_UNREGISTER,
+		.handle = req->handle,
+		.cookie = cookie,
+	});
 	return 0;
 }
 
@@ -99,16 +99,13 @@ void mp_execute(struct mp_channel *ch, const struct mp_request *req)
 {
 	int ret = mp_try_execute(ch, req);
 
-	if (ret < 0) {
-		struct mp_completion c = {
+	if (unlikely(ret < 0))
+		mp_post(ch, (struct mp_completion){
 			.op = req->op,
 			.handle = req->handle,
 			.result = ret,
 			.cookie = mp_cookie_of(ch, req),
-		};
-
-		mp_post(ch, &c);
-	}
+		});
 }
 
 /* --- crossing ----------------------------------------------------------------- */
@@ -232,6 +229,7 @@ static struct mp_channel *mp_channel_alloc(struct mp_create *args)
 		return ERR_PTR(-ENOMEM);
 	spin_lock_init(&ch->lock);
 	INIT_LIST_HEAD(&ch->ready);
+	INIT_LIST_HEAD(&ch->spare);
 	ch->lw_free = MP_NO_SLOT;
 	ch->batch = args->flags & MP_BATCH ? &mp_batched_ops : &mp_plain_ops;
 	ch->partition = args->flags & MP_PARTITION ? &mp_partitioned_ops : &mp_shared_ops;

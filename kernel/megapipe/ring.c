@@ -123,12 +123,3 @@ void mp_cq_publish(struct mp_channel *ch)
 	/* Release: the completions were written before. Pairs with the user's acquire. */
 	smp_store_release(&ch->shared->cq_tail, ch->cq_tail);
 }
-
-/* Write a completion into the next slot; the caller has seen that there is room. */
-void mp_post(struct mp_channel *ch, const struct mp_completion *c)
-{
-	if (WARN_ON_ONCE(!mp_cq_room(ch)))
-		return;
-	ch->cq[ch->cq_tail & (ch->cq_entries - 1)] = *c;
-	ch->cq_tail++;
-}

@@ -67,9 +67,15 @@ static ssize_t mp_socket_read(struct mp_handle *h, struct iov_iter *to)
 
 static ssize_t mp_tcp_read(struct mp_handle *h, struct iov_iter *to)
 {
+	struct sock *sk = h->sock->sk;
+
 	/* A receive that finds nothing costs more than to look whether it would. */
 	if (!mp_tcp_events(h, EPOLLIN))
 		return -EAGAIN;
+	/* All over: what is left is to say why. Nothing can arrive any more. */
+	if (inet_sk_state_load(sk) == TCP_CLOSE && skb_queue_empty_lockless(&sk->sk_receive_queue) &&
+	    READ_ONCE(sk->sk_err) && !READ_ONCE(sk->sk_prot)->sock_is_readable)
+		return sock_error(sk) ?: -EAGAIN;
 	return mp_socket_read(h, to);
 }
 
