@@ -270,6 +270,43 @@ def bench(
     module.run(load_lab(lab), grid, path, fresh=fresh)
 
 
+@verb(
+    help={
+        "servers": "a list; the first is what the others are compared with",
+        "per-connection": "transactions per connection, a list such as 1,128",
+        "rounds": "how often each server is measured, in turn",
+        "smp": "number of virtual CPUs",
+        "size": "bytes of a message",
+        "out": "folder for tables and flame graphs (default: results/profile)",
+        "lab": "whose solution MegaPipe is",
+    }
+)
+def profile(
+    _: Context,
+    servers: str = "limit,epoll,BPL",
+    per_connection: str = "1",
+    rounds: int = 3,
+    smp: int = 4,
+    size: int = 64,
+    out: str = "",
+    lab: str = LAB,
+) -> None:
+    """Show where the instructions go: by layer, and as flame graphs."""
+    from grader import bench as module
+    from grader import profile as profiling
+    from grader.lab import load_lab
+
+    profiling.run(
+        load_lab(lab),
+        module.choose(servers),
+        _numbers("per-connection", per_connection),
+        rounds,
+        Path(out) if out else setup.ROOT / "results" / "profile",
+        smp,
+        size,
+    )
+
+
 def _numbers(option: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(dict.fromkeys(int(word) for word in text.split(","))) if text else ()

@@ -87,6 +87,7 @@ PACKAGES = (
     Package("e2fsprogs", "makes the disk of a test (mkfs.ext4)", ("mkfs.ext4",)),
     Package("iproute2", "sets up the network of a run", ("ip",)),
     Package("util-linux", "gives each run its own namespaces (unshare)", ("unshare", "setpriv")),
+    Package("universal-ctags", "finds the kernel's functions in its source", ("ctags-universal",)),
     Package("gdb", "only for boot --gdb", ("gdb",), optional=True),
 )
 

@@ -11,7 +11,8 @@ from typing import Self
 
 from grader.lab import LABS, Lab
 from grader.machine import Machine, MachineConfig
-from grader.probe import Probe, ProbeConfig, Symbols
+from grader.probe import Probe, ProbeConfig, Symbols, sources
+from grader.probe.stacks import StackProbe
 from grader.variant import Variant
 from images.build import Image, build_image, build_programs
 from kernel.build import UAPI, Kernel, Module, build_limit, build_module, module_lab_files
@@ -24,6 +25,7 @@ class Built:
     variant: Variant
     kernel: Kernel
     module: Module
+    limit: Module
     image: Image
 
 
@@ -42,16 +44,26 @@ def build(lab: Lab, variant: Variant, kernel: Kernel) -> Built:
     """Compile a variant; a student's mistake is a `ModuleError` or a `CompileError`."""
     module = build_module(kernel, kernel_files(lab, variant))
     library = [variant.files[name] for name in lab.files if name not in lab.kernel_files]
+    limit = build_limit(kernel)
     programs = build_programs(library, UAPI, kernel.source / "include/uapi")
-    image = build_image(programs, [module.ko, build_limit(kernel).ko])
-    return Built(variant, kernel, module, image)
+    image = build_image(programs, [module.ko, limit.ko])
+    return Built(variant, kernel, module, limit, image)
+
+
+def module_sections(machine: Machine, name: str) -> dict[str, int]:
+    """Return section -> address of a module's code in the guest; nothing if it is not loaded."""
+    output = machine.run(f"cd /sys/module/{name}/sections 2>/dev/null && grep -H . .text*").output
+    lines = output.decode(errors="replace").splitlines()
+    found = (line.partition(":") for line in lines)
+    return {section: int(address, 16) for section, _, address in found if address}
 
 
 class Station:
     """A variant, booted under TCG with the standard probe; a context manager.
 
     `start` begins the boot without waiting for it, so that several boot at a time. Without the
-    probe (not `counted`) everything is faster, and has no cost.
+    probe (not `counted`) everything is faster, and has no cost. With `stacks`, the stack probe
+    follows every call besides, and everything is slower.
     """
 
     def __init__(
@@ -64,6 +76,7 @@ class Station:
         disk: Path | None = None,
         disk_bytes_per_second: int = 0,
         kernel_args: Sequence[str] = (),
+        stacks: bool = False,
     ) -> None:
         self.built = built
         self.name = name or built.variant.name
@@ -71,6 +84,9 @@ class Station:
         if counted:
             symbols = Symbols.of_kernel(built.kernel.vmlinux)
             self._probe = Probe(ProbeConfig.standard(vcpus, symbols), symbols)
+        self._stacks: StackProbe | None = None
+        if stacks:
+            self._stacks = StackProbe(vcpus, sources.of_kernel(built.kernel))
         self._config = MachineConfig(
             kernel=built.kernel.vmlinux,
             initramfs=built.image.initramfs,
@@ -87,10 +103,12 @@ class Station:
     def start(self) -> None:
         """Start the emulator; must be followed by ``with`` or by `close`."""
         with ExitStack() as stack:
-            probe = stack.enter_context(self._probe) if self._probe else None
-            config = self._config
-            if probe is not None:
-                config = replace(config, extra_qemu=tuple(probe.qemu_arguments()))
+            plugins: list[str] = []
+            for probe in (self._probe, self._stacks):
+                if probe is not None:
+                    stack.enter_context(probe)
+                    plugins += probe.qemu_arguments()
+            config = replace(self._config, extra_qemu=tuple(plugins))
             self._machine = Machine(config)
             stack.callback(self._machine.close)
             self._machine.start()
@@ -101,6 +119,12 @@ class Station:
         """The counters of a station that is `counted`."""
         assert self._probe is not None
         return self._probe
+
+    @property
+    def stacks(self) -> StackProbe:
+        """The call paths of a station with `stacks`; for its modules see `name_modules`."""
+        assert self._stacks is not None
+        return self._stacks
 
     @property
     def machine(self) -> Machine:
@@ -114,10 +138,20 @@ class Station:
             self.start()
         try:
             self.machine.__enter__()
+            if self._stacks is not None:
+                self.name_modules()
         except BaseException:
             self.close()
             raise
         return self
+
+    def name_modules(self) -> None:
+        """Tell the stack probe where the modules' functions are that the guest has loaded."""
+        functions: list[sources.Function] = []
+        for module in (self.built.module, self.built.limit):
+            sections = module_sections(self.machine, module.ko.stem)
+            functions += sources.of_module(module.ko, sections)
+        self.stacks.set_modules(functions)
 
     def close(self) -> None:
         """End the machine; once is enough."""

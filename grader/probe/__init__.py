@@ -18,10 +18,8 @@ What an instruction is depends on QEMU's version and the CPU model; see the head
 from __future__ import annotations
 
 import mmap
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +29,7 @@ from typing import Self
 from grader.probe.counted import EVENTS, REPORTERS, STANDARD, Counted, select
 from grader.probe.counters import STATE_ENDED, STATE_NEW, Counters, Header, Total, new_file, parse
 from grader.probe.errors import PluginUnavailable, ProbeError, UnknownSymbol
-from grader.probe.loading import arguments, plugin
+from grader.probe.loading import arguments, plugin, private_folder
 from grader.probe.symbols import Symbols
 
 __all__ = [
@@ -119,8 +117,8 @@ class Probe:
         return self._addresses
 
     def __enter__(self) -> Self:
-        self._plugin = plugin(self._qemu)
-        self._folder = Path(tempfile.mkdtemp(prefix="megapipe-probe-", dir=self._place()))
+        self._plugin = plugin(qemu=self._qemu)
+        self._folder = private_folder(self._parent)
         try:
             counters = self._folder / "counters"
             counters.write_bytes(new_file(self.config.vcpus, len(self._names)))
@@ -145,13 +143,6 @@ class Probe:
             self._map.close()
             self._map = None
 
-    def _place(self) -> Path | None:
-        # On a disk, the kernel would write the ever changing pages back again and again.
-        memory = Path("/dev/shm")
-        if self._parent is None and os.access(memory, os.W_OK | os.X_OK):
-            return memory
-        return self._parent
-
     def _remove_folder(self) -> None:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -172,7 +163,7 @@ class Probe:
                 "the probe is not open, or its QEMU runs already", "open a probe per QEMU"
             )
         folder = self._folder
-        return arguments(self._plugin, folder / "counters", folder / "functions")
+        return arguments(self._plugin, counters=folder / "counters", functions=folder / "functions")
 
     @property
     def counting(self) -> bool:

@@ -1,4 +1,4 @@
-"""The plugin's way into the QEMU at hand: compiled, tried out, cached."""
+"""A plugin's way into the QEMU at hand: compiled, tried out, cached."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 from grader import cache
-from grader.probe.counters import STATE_NEW, Header, new_file
+from grader.probe import counters as counter_file
+from grader.probe import stack_file
 from grader.probe.errors import PluginUnavailable
 
 QEMU = "qemu-system-x86_64"
@@ -19,8 +21,8 @@ LOADING_SECONDS = 60.0
 FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-fPIC", "-shared", "-fvisibility=hidden")
 
 
-def plugin(qemu: Path | None = None) -> Path:
-    """Return the plugin built for this QEMU (default: the one on the PATH), from the cache.
+def plugin(name: str = "probe", qemu: Path | None = None) -> Path:
+    """Return the plugin `name`.c built for this QEMU (default: the one on the PATH), cached.
 
     Which version of the plugin interface a QEMU accepts is found by loading the plugin into it.
     Raises `PluginUnavailable` with what to do.
@@ -34,7 +36,7 @@ def plugin(qemu: Path | None = None) -> Path:
     status = Path(path).stat()
     here = Path(__file__).parent
     key = cache.digest(
-        here / "probe.c",
+        here / f"{name}.c",
         here / "qemu_plugin_api.h",
         Path(__file__),
         str(Path(path).resolve()),
@@ -45,8 +47,8 @@ def plugin(qemu: Path | None = None) -> Path:
     def make(folder: Path) -> None:
         refusals = []
         for api in candidates(version):
-            build(api, folder / "probe.so")
-            refusal = try_loading(path, folder)
+            build(api, folder / f"{name}.so", name)
+            refusal = try_loading(path, folder, name)
             if refusal is None:
                 return
             refusals.append(refusal)
@@ -54,7 +56,7 @@ def plugin(qemu: Path | None = None) -> Path:
                 break
         raise PluginUnavailable(*explain(version, refusals[0]))
 
-    return cache.entry("probe", key, make) / "probe.so"
+    return cache.entry("probe", key, make) / f"{name}.so"
 
 
 def _qemu_version(path: str) -> str:
@@ -75,12 +77,12 @@ def candidates(version: str) -> list[int]:
     return [expected, *(api for _, api in API_VERSIONS if api != expected)]
 
 
-def build(api: int, output: Path) -> None:
-    """Compile the plugin for one version of the interface."""
+def build(api: int, output: Path, name: str = "probe") -> None:
+    """Compile the plugin `name`.c for one version of the interface."""
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
     if compiler is None:
         raise PluginUnavailable("no C compiler for the probe", "install gcc")
-    source = Path(__file__).parent / "probe.c"
+    source = Path(__file__).parent / f"{name}.c"
     run = subprocess.run(
         [compiler, *FLAGS, f"-DPROBE_API_VERSION={api}", "-o", output, source],
         capture_output=True,
@@ -90,19 +92,19 @@ def build(api: int, output: Path) -> None:
     if run.returncode:
         raise PluginUnavailable(
             f"{compiler} does not compile {source}:\n{run.stderr.strip()}",
-            "use gcc 10 or later, and put probe.c back as it was",
+            f"use gcc 10 or later, and put {source.name} back as it was",
         )
 
 
-def try_loading(qemu: str, folder: Path) -> str | None:
-    """Load ``folder/probe.so`` into a QEMU without a guest; return what QEMU says if it refuses."""
-    counters, functions = folder / "counters", folder / "functions"
-    counters.write_bytes(new_file(1, 1))
-    functions.write_text("ffffffff81000000 none\n")
+def try_loading(qemu: str, folder: Path, name: str = "probe") -> str | None:
+    """Load ``folder/<name>.so`` into a QEMU without a guest; return what it says if it refuses."""
+    files = _files_to_try(name)
+    for option, content in files.items():
+        (folder / option).write_bytes(content)
     # No machine, hence no guest: only that QEMU takes the plugin is of interest.
     command = [qemu, "-M", "none", "-accel", "tcg", "-display", "none", "-nodefaults", "-S"]
     command += ["-monitor", "stdio"]
-    command += arguments(folder / "probe.so", counters, functions)
+    command += arguments(folder / f"{name}.so", **{option: folder / option for option in files})
     try:
         run = subprocess.run(
             command,
@@ -113,17 +115,25 @@ def try_loading(qemu: str, folder: Path) -> str | None:
             timeout=LOADING_SECONDS,
             check=False,
         )
-        loaded = Header.read(counters.read_bytes()).state != STATE_NEW
+        # A plugin that was installed has left its state in the file.
+        loaded = (folder / "counters").read_bytes() != files["counters"]
     except subprocess.TimeoutExpired:
         return f"no answer within {LOADING_SECONDS:.0f} s"
     except OSError as error:
         return f"cannot be run: {error.strerror}"
     finally:
-        counters.unlink()
-        functions.unlink()
+        for option in files:
+            (folder / option).unlink()
     if run.returncode == 0 and loaded:
         return None
     return run.stderr.strip() or f"exit status {run.returncode}, and not a word"
+
+
+def _files_to_try(name: str) -> dict[str, bytes]:
+    """Return option -> content of the files with which the plugin `name` can be loaded."""
+    if name == "stacks":
+        return {"counters": stack_file.new_file(1, [], late_room=1, node_slots=64)}
+    return {"counters": counter_file.new_file(1, 1), "functions": b"ffffffff81000000 none\n"}
 
 
 def _about_version(refusal: str) -> bool:
@@ -148,8 +158,17 @@ def explain(version: str, said: str) -> tuple[str, str]:
     return f"{version} {reason}: {said}", todo
 
 
-def arguments(plugin_file: Path, counters: Path, functions: Path) -> list[str]:
-    """Return the arguments that make QEMU load the plugin with these two files."""
+def arguments(plugin_file: Path, **files: Path) -> list[str]:
+    """Return the arguments that make QEMU load the plugin with these files (option -> path)."""
+    options = [str(plugin_file), *(f"{option}={path}" for option, path in files.items())]
     # A comma in an option's value is written twice.
-    quoted = [str(path).replace(",", ",,") for path in (plugin_file, counters, functions)]
-    return ["-plugin", "{},counters={},functions={}".format(*quoted)]
+    return ["-plugin", ",".join(option.replace(",", ",,") for option in options)]
+
+
+def private_folder(parent: Path | None = None) -> Path:
+    """Make a folder for the files that a plugin maps, below `parent` (default: memory)."""
+    # On a disk, the kernel would write the ever changing pages back again and again.
+    memory = Path("/dev/shm")
+    if parent is None and os.access(memory, os.W_OK | os.X_OK):
+        parent = memory
+    return Path(tempfile.mkdtemp(prefix="megapipe-probe-", dir=parent))

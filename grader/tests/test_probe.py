@@ -391,12 +391,12 @@ def test_no_plugin_support_is_told() -> None:
 
 def test_no_qemu_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(PluginUnavailable, match="not found"):
-        plugin(tmp_path / "qemu-system-x86_64")
+        plugin(qemu=tmp_path / "qemu-system-x86_64")
     not_qemu = tmp_path / "false"
     not_qemu.write_text("#!/bin/sh\nexit 1\n")
     not_qemu.chmod(0o755)
     with pytest.raises(PluginUnavailable, match="--version fails"):
-        plugin(not_qemu)
+        plugin(qemu=not_qemu)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(PluginUnavailable, match="not found"):
         plugin()

@@ -1,0 +1,240 @@
+"""The stack probe: every instruction of the guest at its call path, seen from outside.
+
+`stacks.c` follows calls, returns and interrupts without the guest's help; this module gives it
+the functions' addresses and reads what it has counted::
+
+    with StackProbe(4, sources.of_kernel(kernel)) as stacks:
+        ...start QEMU with stacks.qemu_arguments()...
+        stacks.set_modules(sources.of_module(ko, sections))
+        before = stacks.read()
+        ...
+        (stacks.read() - before).paths()
+
+The counts are those of the standard probe (see `probe.c` for what an instruction is), distributed.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import mmap
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from grader.probe import stack_file
+from grader.probe.errors import ProbeError
+from grader.probe.loading import arguments, plugin, private_folder
+from grader.probe.sources import Function, Site
+from grader.probe.stack_file import LABEL_FUNCTIONS, ROOT, STATE_NEW, Header, Kind
+
+MAX_VCPUS = 64
+# Booting alone takes some hundred thousand paths.
+NODE_SLOTS = 1 << 20
+# Functions of modules.
+LATE_ROOM = 1 << 14
+
+# What is no function of the kernel.
+NONE = Site("[unknown caller]", "")
+USER = Site("user", "")
+UNKNOWN = Site("[unknown]", "")
+LOST = Site("[lost]", "")
+
+# Names that mean something for the stack, as patterns; the first that fits counts.
+KINDS: tuple[tuple[str, Kind], ...] = (
+    ("entry_SYSCALL_64", Kind.ENTRY),
+    ("entry_SYSENTER_compat", Kind.ENTRY),
+    ("entry_SYSCALL_compat", Kind.ENTRY),
+    ("asm_int80_emulation", Kind.ENTRY),
+    ("irq_entries_start", Kind.ENTRY),
+    ("spurious_entries_start", Kind.ENTRY),
+    ("asm_common_interrupt", Kind.ENTRY),
+    ("asm_spurious_interrupt", Kind.ENTRY),
+    ("asm_sysvec_*", Kind.ENTRY),
+    ("asm_exc_*", Kind.ENTRY),
+    ("common_interrupt_return", Kind.EXIT),
+    ("error_return", Kind.EXIT),
+    ("swapgs_restore_regs_and_return_to_usermode", Kind.EXIT),
+    ("ret_from_fork_asm", Kind.TASK),
+    ("__switch_to_asm", Kind.SWITCH),
+    ("__switch_to", Kind.SWITCH),
+    ("__x86_indirect_*", Kind.TRANSPARENT),
+    ("__x86_return_thunk", Kind.TRANSPARENT),
+    ("retbleed_*", Kind.TRANSPARENT),
+    ("srso_*", Kind.TRANSPARENT),
+    ("its_return_thunk", Kind.TRANSPARENT),
+)
+
+CallPath = tuple[Site, ...]
+
+
+def kind_of(name: str) -> Kind:
+    """Return what the function of this name means for the stack."""
+    for pattern, kind in KINDS:
+        if fnmatch.fnmatchcase(name, pattern):
+            return kind
+    return Kind.PLAIN
+
+
+@dataclass(frozen=True, eq=False)
+class StackReading:
+    """One reading, or the difference of two: instructions by call path, over all vCPUs."""
+
+    keys: npt.NDArray[np.uint64]
+    """Of each node: its parent's place, and its label."""
+    instructions: npt.NDArray[np.int64]
+    """Of each node itself, without what it called."""
+    labels: Mapping[int, Site]
+    lost_frames: int
+    """Calls that were too deep to follow: counted where they were called."""
+
+    def __sub__(self, earlier: StackReading) -> StackReading:
+        """Return what was counted since `earlier`, a reading of the same probe."""
+        old = earlier.keys != 0
+        if len(self.keys) != len(earlier.keys) or (self.keys != earlier.keys)[old].any():
+            raise ProbeError(
+                "these are readings of different probes", "subtract one of the same probe"
+            )
+        return StackReading(
+            self.keys,
+            self.instructions - earlier.instructions,
+            self.labels,
+            self.lost_frames - earlier.lost_frames,
+        )
+
+    @property
+    def total(self) -> int:
+        """All instructions, user code included."""
+        return int(self.instructions.sum())
+
+    def paths(self) -> Mapping[CallPath, int]:
+        """Return call path (outermost first) -> instructions of its last function itself.
+
+        Paths without instructions are left out.
+        """
+
+        @functools.cache
+        def path(place: int) -> CallPath:
+            key = int(self.keys[place])
+            parent, label = key >> 32, key & 0xFFFFFFFF
+            site = self.labels.get(label, UNKNOWN)
+            return (*(path(parent) if parent != ROOT else ()), site)
+
+        found: dict[CallPath, int] = {}
+        for place in np.flatnonzero(self.instructions).tolist():
+            # Counted at the root: transparent code that nobody called.
+            name = (NONE,) if place == ROOT else path(place)
+            found[name] = found.get(name, 0) + int(self.instructions[place])
+        return MappingProxyType(found)
+
+
+class StackProbe:
+    """The call paths of one QEMU process; a context manager.
+
+    Like `grader.probe.Probe`, it keeps its file in a private folder below `parent` (default:
+    memory) that goes away as soon as the plugin has mapped it, and serves one QEMU only.
+    """
+
+    def __init__(
+        self,
+        vcpus: int,
+        functions: Sequence[Function],
+        qemu: Path | None = None,
+        parent: Path | None = None,
+        node_slots: int = NODE_SLOTS,
+    ) -> None:
+        if not 1 <= vcpus <= MAX_VCPUS:
+            raise ProbeError(f"the probe cannot count for {vcpus} vCPUs", f"use 1 to {MAX_VCPUS}")
+        self._vcpus = vcpus
+        self._sites = [NONE, USER, UNKNOWN, LOST]
+        self._labels = {site: label for label, site in enumerate(self._sites)}
+        self._functions = self._rows(functions)
+        self._qemu = qemu
+        self._parent = parent
+        self._node_slots = node_slots
+        self._folder: Path | None = None
+        self._plugin: Path | None = None
+        self._map: mmap.mmap | None = None
+
+    def _rows(self, functions: Iterable[Function]) -> list[tuple[int, int, int]]:
+        rows = []
+        for function in sorted(functions, key=lambda one: one.address):
+            label, kind = stack_file.LABEL_UNKNOWN, Kind.PLAIN
+            if function.site is not None:
+                label = self._labels.setdefault(function.site, len(self._sites))
+                kind = kind_of(function.site.name)
+                if label == len(self._sites):
+                    self._sites.append(function.site)
+            rows.append((function.address, label, int(kind)))
+        return rows
+
+    def __enter__(self) -> Self:
+        self._plugin = plugin("stacks", self._qemu)
+        self._folder = private_folder(self._parent)
+        try:
+            counters = self._folder / "counters"
+            counters.write_bytes(
+                stack_file.new_file(self._vcpus, self._functions, LATE_ROOM, self._node_slots)
+            )
+            with counters.open("r+b") as file:
+                self._map = mmap.mmap(file.fileno(), 0)
+        except BaseException:
+            self._remove_folder()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._remove_folder()
+        if self._map is not None:
+            self._map.close()
+            self._map = None
+
+    def _remove_folder(self) -> None:
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def _open(self) -> mmap.mmap:
+        if self._map is None:
+            raise ProbeError("the probe is not open", "use it as a context manager")
+        if Header.read(self._map).state != STATE_NEW:
+            self._remove_folder()
+        return self._map
+
+    def qemu_arguments(self) -> list[str]:
+        """Return the arguments with which QEMU, under ``-accel tcg``, loads this probe."""
+        if self._folder is None or self._plugin is None:
+            raise ProbeError(
+                "the probe is not open, or its QEMU runs already", "open a probe per QEMU"
+            )
+        return arguments(self._plugin, counters=self._folder / "counters")
+
+    def set_modules(self, functions: Iterable[Function]) -> None:
+        """Say which functions the loaded modules have; until then they are unknown.
+
+        May be said again at any time while the guest runs, as modules come and go.
+        """
+        stack_file.write_late(self._open(), self._rows(functions))
+
+    def read(self) -> StackReading:
+        """Return the counts now; take a reading that matters while the guest is idle."""
+        data = self._open()
+        nodes = stack_file.nodes(data)
+        counts = nodes["instructions"].astype(np.int64)
+        counts.flags.writeable = False
+        labels = dict(enumerate(self._sites))
+        assert len(labels) >= LABEL_FUNCTIONS
+        return StackReading(
+            nodes["key"], counts, MappingProxyType(labels), Header.read(data).lost_frames
+        )
