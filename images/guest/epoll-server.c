@@ -35,7 +35,7 @@ static void watch(int epoll, int how, struct connection *c, unsigned int events)
 static void end_connection(struct connection *c)
 {
 	close(c->fd);		/* leaves the epoll set with it */
-	free(c);
+	server_connection_put(c);
 }
 
 /* Returns false if there was none. */
@@ -46,7 +46,7 @@ static bool accept_one(int epoll, const struct server_thread *thread)
 
 	if (fd < 0)		/* another thread was faster, or no descriptor is left */
 		return false;
-	c = malloc(sizeof(*c) + thread->options->buffer);
+	c = server_connection_get(sizeof(*c) + thread->options->buffer);
 	if (!c) {
 		close(fd);
 		return true;

@@ -50,7 +50,7 @@ static void end_connection(struct worker *w, const struct mp_event *event, struc
 	must("mp_unregister", mp_unregister(w->channel, event->handle));
 	if (!mp_is_lwsocket(c->fd))
 		close(c->fd);
-	free(c);
+	server_connection_put(c);
 	if (w->full)
 		accept_more(w);
 }
@@ -66,7 +66,7 @@ static void accepted(struct worker *w, const struct mp_event *event)
 		accept_more(w);
 	if (event->result < 0)	/* or aborted meanwhile */
 		return;
-	c = malloc(sizeof(*c) + w->options->buffer);
+	c = server_connection_get(sizeof(*c) + w->options->buffer);
 	if (!c) {
 		if (mp_is_lwsocket(event->result))
 			must("mp_drop", mp_drop(w->channel, event->result));

@@ -321,7 +321,7 @@ static void end_connection(struct worker *w, struct connection *c)
 	sqe->fd = c->fd;
 	sqe->flags = IOSQE_CQE_SKIP_SUCCESS;
 	drop(&c->more);
-	free(c);
+	server_connection_put(c);
 	w->connections--;
 	if (w->full)		/* executed after the close */
 		arm_accept(w);
@@ -373,13 +373,12 @@ static void accepted(struct worker *w, const struct io_uring_cqe *cqe)
 	}
 	if (cqe->res < 0)	/* or aborted meanwhile */
 		return;
-	c = calloc(1, sizeof(*c));
+	c = server_connection_get(sizeof(*c));
 	if (!c) {
 		close(cqe->res);
 		return;
 	}
-	c->fd = cqe->res;
-	c->first = NONE;
+	*c = (struct connection){ .fd = cqe->res, .first = NONE };
 	w->connections++;
 	arm_receive(w, c);
 }

@@ -100,6 +100,14 @@ struct mp_wait {
 	wait_queue_entry_t entry;
 };
 
+/* What an lwsocket's callbacks were before they were ours. */
+struct mp_callbacks {
+	void (*data_ready)(struct sock *sk);
+	void (*write_space)(struct sock *sk);
+	void (*state_change)(struct sock *sk);
+	void (*error_report)(struct sock *sk);
+};
+
 struct mp_write {
 	struct iov_iter iter;		/* what is left */
 	struct iovec *iov;		/* to be freed, for writev */
@@ -127,6 +135,7 @@ struct mp_handle {
 	__poll_t pending;
 	u32 accepts;			/* left of an accept; 0: a read is meant */
 	bool accept_light;
+	u8 writes;			/* of an lwsocket so far: 0, 1 or 2 for more */
 	u32 read_len;
 	u64 read_addr;
 	u32 read_moved;			/* bytes so far, of a file with a position */
@@ -141,8 +150,11 @@ struct mp_handle {
 	__poll_t events;		/* events that did */
 	struct list_head link;		/* in channel->ready or a batch, or empty */
 
+	/* How it learns of events: from wait queues, or from an lwsocket's callbacks. */
 	struct mp_wait wait;
 	struct mp_wait *second;		/* of a file with two queues (pipes) */
+	bool called_back;		/* @plain are to be returned */
+	struct mp_callbacks plain;
 };
 
 /*
@@ -217,6 +229,8 @@ void mp_forget(struct mp_handle *h);
 void mp_lw_drop_all(struct mp_channel *ch);
 
 /* socket.c */
+bool mp_callbacks_take(struct mp_handle *h);
+void mp_callbacks_return(struct mp_handle *h);
 const struct mp_kind *mp_socket_kind(const struct socket *sock);
 extern const struct mp_kind mp_tcp_kind;
 

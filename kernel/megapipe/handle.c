@@ -164,6 +164,10 @@ static int mp_handle_watch(struct mp_handle *h)
 {
 	struct mp_watch watch = { .handle = h };
 
+	if (h->light && mp_callbacks_take(h)) {
+		h->called_back = true;
+		return 0;
+	}
 	/* A TCP socket has this one queue. An lwsocket has no file to ask. */
 	if (h->kind == &mp_tcp_kind) {
 		mp_wait_join(&h->wait, h, &h->sock->wq.wait);
@@ -182,9 +186,14 @@ void mp_handle_unwait(struct mp_handle *h)
 {
 	struct mp_channel *ch = h->channel;
 
-	mp_wait_leave(&h->wait);
-	if (h->second)
-		mp_wait_leave(h->second);
+	if (h->called_back) {
+		mp_callbacks_return(h);
+		h->called_back = false;
+	} else {
+		mp_wait_leave(&h->wait);
+		if (h->second)
+			mp_wait_leave(h->second);
+	}
 	spin_lock_irq(&ch->lock);
 	h->armed = 0;
 	spin_unlock_irq(&ch->lock);
@@ -211,7 +220,7 @@ int mp_handle_wait(struct mp_handle *h, __poll_t events)
 	h->armed = events;
 	spin_unlock_irq(&ch->lock);
 
-	if (unlikely(!READ_ONCE(h->wait.head)) && !h->kind->offloads) {
+	if (unlikely(!READ_ONCE(h->wait.head)) && !h->called_back && !h->kind->offloads) {
 		ret = mp_handle_watch(h);
 		if (ret) {
 			mp_handle_unwait(h);
@@ -246,8 +255,8 @@ void mp_handle_make_ready(struct mp_handle *h, __poll_t events)
 }
 
 /*
- * Something that is no wait queue (a job, see job.c) has made @events happen.
- * Process context; the caller sees to it that the handle stays.
+ * Something that is no wait queue (a job, see job.c, or an lwsocket's callback)
+ * has made @events happen. The caller sees to it that the handle stays.
  */
 void mp_handle_notify(struct mp_handle *h, __poll_t events)
 {

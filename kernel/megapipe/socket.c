@@ -65,6 +65,36 @@ static ssize_t mp_socket_read(struct mp_handle *h, struct iov_iter *to)
 	return sock_recvmsg(h->sock, &msg, MSG_DONTWAIT);
 }
 
+/*
+ * A descriptor may have come from another task, or outlive what its task may do,
+ * so the security module is asked at each use. An lwsocket never leaves the
+ * channel, whose owner was asked when it was accepted: it goes straight to TCP.
+ */
+static ssize_t mp_tcp_receive(struct mp_handle *h, struct iov_iter *to)
+{
+	struct msghdr msg = { .msg_iter = *to };
+	struct sock *sk = h->sock->sk;
+	int unused = 0;
+
+	if (!h->light)
+		return mp_socket_read(h, to);
+	return READ_ONCE(sk->sk_prot)->recvmsg(sk, &msg, iov_iter_count(to), MSG_DONTWAIT,
+					       &unused);
+}
+
+static ssize_t mp_tcp_write(struct mp_handle *h, struct iov_iter *from)
+{
+	struct msghdr msg = {
+		.msg_iter = *from,
+		.msg_flags = MSG_DONTWAIT | MSG_NOSIGNAL,
+	};
+	struct sock *sk = h->sock->sk;
+
+	if (!h->light)
+		return sock_sendmsg(h->sock, &msg);
+	return READ_ONCE(sk->sk_prot)->sendmsg(sk, &msg, iov_iter_count(from));
+}
+
 static ssize_t mp_tcp_read(struct mp_handle *h, struct iov_iter *to)
 {
 	struct sock *sk = h->sock->sk;
@@ -76,7 +106,7 @@ static ssize_t mp_tcp_read(struct mp_handle *h, struct iov_iter *to)
 	if (inet_sk_state_load(sk) == TCP_CLOSE && skb_queue_empty_lockless(&sk->sk_receive_queue) &&
 	    READ_ONCE(sk->sk_err) && !READ_ONCE(sk->sk_prot)->sock_is_readable)
 		return sock_error(sk) ?: -EAGAIN;
-	return mp_socket_read(h, to);
+	return mp_tcp_receive(h, to);
 }
 
 static ssize_t mp_socket_write(struct mp_handle *h, struct iov_iter *from)
@@ -89,10 +119,93 @@ static ssize_t mp_socket_write(struct mp_handle *h, struct iov_iter *from)
 	return sock_sendmsg(h->sock, &msg);
 }
 
+/* --- an lwsocket's callbacks ----------------------------------------------------- */
+
+/*
+ * Nobody else can wait for an lwsocket, so its handle is told by the socket's own
+ * callbacks and needs no wait queue. sk_callback_lock, read by the callbacks and
+ * written here, keeps the handle in sk_user_data while one of them looks at it.
+ * Called by TCP in any context but hard interrupts.
+ */
+static void mp_tell(struct sock *sk, __poll_t events)
+{
+	struct mp_handle *h;
+
+	read_lock_bh(&sk->sk_callback_lock);
+	h = sk->sk_user_data;
+	if (h)
+		mp_handle_notify(h, events);
+	read_unlock_bh(&sk->sk_callback_lock);
+}
+
+static void mp_data_ready(struct sock *sk)
+{
+	mp_tell(sk, EPOLLIN);
+}
+
+static void mp_write_space(struct sock *sk)
+{
+	if (!sk_stream_is_writeable(sk))
+		return;
+	clear_bit(SOCK_NOSPACE, &sk->sk_socket->flags);
+	mp_tell(sk, EPOLLOUT);
+}
+
+static void mp_state_change(struct sock *sk)
+{
+	mp_tell(sk, EPOLLIN | EPOLLOUT | EPOLLHUP);
+}
+
+static void mp_error_report(struct sock *sk)
+{
+	mp_tell(sk, EPOLLERR);
+}
+
+/* Returns false if somebody has already put something of theirs on top of this socket. */
+bool mp_callbacks_take(struct mp_handle *h)
+{
+	struct mp_callbacks *plain = &h->plain;
+	struct sock *sk = h->sock->sk;
+	bool ours;
+
+	write_lock_bh(&sk->sk_callback_lock);
+	ours = !sk->sk_user_data;
+	if (ours) {
+		*plain = (struct mp_callbacks){
+			.data_ready	= sk->sk_data_ready,
+			.write_space	= sk->sk_write_space,
+			.state_change	= sk->sk_state_change,
+			.error_report	= sk->sk_error_report,
+		};
+		sk->sk_user_data = h;
+		WRITE_ONCE(sk->sk_data_ready, mp_data_ready);
+		WRITE_ONCE(sk->sk_write_space, mp_write_space);
+		WRITE_ONCE(sk->sk_state_change, mp_state_change);
+		WRITE_ONCE(sk->sk_error_report, mp_error_report);
+	}
+	write_unlock_bh(&sk->sk_callback_lock);
+	return ours;
+}
+
+/* After this no callback looks at the handle. */
+void mp_callbacks_return(struct mp_handle *h)
+{
+	const struct mp_callbacks *plain = &h->plain;
+	struct sock *sk = h->sock->sk;
+
+	write_lock_bh(&sk->sk_callback_lock);
+	sk->sk_user_data = NULL;
+	WRITE_ONCE(sk->sk_data_ready, plain->data_ready);
+	WRITE_ONCE(sk->sk_write_space, plain->write_space);
+	WRITE_ONCE(sk->sk_state_change, plain->state_change);
+	WRITE_ONCE(sk->sk_error_report, plain->error_report);
+	write_unlock_bh(&sk->sk_callback_lock);
+}
+
 const struct mp_kind mp_tcp_kind = {
 	.events	= mp_tcp_events,
 	.read	= mp_tcp_read,
-	.write	= mp_socket_write,
+	.write	= mp_tcp_write,
 	.whole	= true,
 };
 

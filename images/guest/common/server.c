@@ -41,6 +41,25 @@ void server_ready(void)
 	close(ready_pipe);
 }
 
+/* Linked by their first word. */
+static _Thread_local void **stock;
+
+void *server_connection_get(size_t bytes)
+{
+	void **connection = stock;
+
+	if (!connection)
+		return malloc(bytes);
+	stock = *connection;
+	return connection;
+}
+
+void server_connection_put(void *connection)
+{
+	*(void **)connection = stock;
+	stock = connection;
+}
+
 static void usage(const char *about, const char *name)
 {
 	printf("usage: %s [options]\n%s\n\n"

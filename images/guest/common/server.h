@@ -10,6 +10,7 @@
 #define SERVER_H
 
 #include <stdbool.h>
+#include <stddef.h>
 
 struct server_options {
 	int port;
@@ -43,6 +44,14 @@ int server_main(int argc, char **argv, const char *about, void (*run)(struct ser
 /* The same for a server that works in the kernel: one thread, and no listener. */
 int server_main_in_kernel(int argc, char **argv, const char *about,
 			  void (*run)(struct server_thread *));
+
+/*
+ * Memory for a connection of @bytes, always as many, from this thread's own stock:
+ * what one connection leaves the next one takes, and malloc() is not what is
+ * compared. Not cleared; NULL if there is none.
+ */
+void *server_connection_get(size_t bytes);
+void server_connection_put(void *connection);
 
 /* This thread can take connections now. */
 void server_ready(void);
