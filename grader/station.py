@@ -11,7 +11,8 @@ from typing import Self
 
 from grader.lab import LABS, Lab
 from grader.machine import Machine, MachineConfig
-from grader.probe import Probe, ProbeConfig, Symbols, sources
+from grader.probe import Probe, ProbeConfig, ProbeError, Symbols, sources
+from grader.probe.sharing import SharingProbe
 from grader.probe.stacks import StackProbe
 from grader.variant import Variant
 from images.build import Image, build_image, build_programs
@@ -58,12 +59,20 @@ def module_sections(machine: Machine, name: str) -> dict[str, int]:
     return {section: int(address, 16) for section, _, address in found if address}
 
 
+def module_symbols(machine: Machine) -> list[tuple[int, str]]:
+    """Return (address, name) of each symbol of the loaded modules: the guest's own word for it."""
+    listed = machine.run("grep -F '[' /proc/kallsyms", cap=1 << 24).text
+    found = (line.split() for line in listed.splitlines())
+    return [(int(word, 16), name.partition(".")[0]) for word, _, name, _ in found]
+
+
 class Station:
     """A variant, booted under TCG with the standard probe; a context manager.
 
     `start` begins the boot without waiting for it, so that several boot at a time. Without the
     probe (not `counted`) everything is faster, and has no cost. With `stacks`, the stack probe
-    follows every call besides, and everything is slower.
+    follows every call besides, with `sharing`, the sharing probe every access to memory, and
+    everything is slower.
     """
 
     def __init__(
@@ -77,6 +86,7 @@ class Station:
         disk_bytes_per_second: int = 0,
         kernel_args: Sequence[str] = (),
         stacks: bool = False,
+        sharing: bool = False,
     ) -> None:
         self.built = built
         self.name = name or built.variant.name
@@ -87,6 +97,10 @@ class Station:
         self._stacks: StackProbe | None = None
         if stacks:
             self._stacks = StackProbe(vcpus, sources.of_kernel(built.kernel))
+        self._sharing: SharingProbe | None = None
+        if sharing:
+            symbols = Symbols.of_kernel(built.kernel.vmlinux)
+            self._sharing = SharingProbe(vcpus, memory_mib, symbols)
         self._config = MachineConfig(
             kernel=built.kernel.vmlinux,
             initramfs=built.image.initramfs,
@@ -104,7 +118,7 @@ class Station:
         """Start the emulator; must be followed by ``with`` or by `close`."""
         with ExitStack() as stack:
             plugins: list[str] = []
-            for probe in (self._probe, self._stacks):
+            for probe in (self._probe, self._stacks, self._sharing):
                 if probe is not None:
                     stack.enter_context(probe)
                     plugins += probe.qemu_arguments()
@@ -125,6 +139,13 @@ class Station:
         """The call paths of a station with `stacks`; for its modules see `name_modules`."""
         assert self._stacks is not None
         return self._stacks
+
+    @property
+    def sharing(self) -> SharingProbe:
+        """The transfers of a station with `sharing`; for its modules see `module_symbols`."""
+        if self._sharing is None:
+            raise ProbeError("this station has no sharing probe", "ask for it: sharing=True")
+        return self._sharing
 
     @property
     def machine(self) -> Machine:

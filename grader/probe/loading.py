@@ -11,7 +11,7 @@ from pathlib import Path
 
 from grader import cache
 from grader.probe import counters as counter_file
-from grader.probe import stack_file
+from grader.probe import sharing_file, stack_file
 from grader.probe.errors import PluginUnavailable
 
 QEMU = "qemu-system-x86_64"
@@ -99,12 +99,16 @@ def build(api: int, output: Path, name: str = "probe") -> None:
 def try_loading(qemu: str, folder: Path, name: str = "probe") -> str | None:
     """Load ``folder/<name>.so`` into a QEMU without a guest; return what it says if it refuses."""
     files = _files_to_try(name)
+    options: dict[str, Path | int] = {}
     for option, content in files.items():
+        options[option] = folder / option
         (folder / option).write_bytes(content)
+    if name == "sharing":
+        options["memory_mib"] = 1
     # No machine, hence no guest: only that QEMU takes the plugin is of interest.
     command = [qemu, "-M", "none", "-accel", "tcg", "-display", "none", "-nodefaults", "-S"]
     command += ["-monitor", "stdio"]
-    command += arguments(folder / f"{name}.so", **{option: folder / option for option in files})
+    command += arguments(folder / f"{name}.so", **options)
     try:
         run = subprocess.run(
             command,
@@ -133,6 +137,8 @@ def _files_to_try(name: str) -> dict[str, bytes]:
     """Return option -> content of the files with which the plugin `name` can be loaded."""
     if name == "stacks":
         return {"counters": stack_file.new_file(1, [], late_room=1, node_slots=64)}
+    if name == "sharing":
+        return {"counters": sharing_file.new_file(1, 1, 1, 1), "functions": b"ffffffff81000000\n"}
     return {"counters": counter_file.new_file(1, 1), "functions": b"ffffffff81000000 none\n"}
 
 
@@ -158,11 +164,11 @@ def explain(version: str, said: str) -> tuple[str, str]:
     return f"{version} {reason}: {said}", todo
 
 
-def arguments(plugin_file: Path, **files: Path) -> list[str]:
-    """Return the arguments that make QEMU load the plugin with these files (option -> path)."""
-    options = [str(plugin_file), *(f"{option}={path}" for option, path in files.items())]
+def arguments(plugin_file: Path, **options: Path | int) -> list[str]:
+    """Return the arguments that make QEMU load the plugin with these options."""
+    words = [str(plugin_file), *(f"{option}={value}" for option, value in options.items())]
     # A comma in an option's value is written twice.
-    return ["-plugin", ",".join(option.replace(",", ",,") for option in options)]
+    return ["-plugin", ",".join(word.replace(",", ",,") for word in words)]
 
 
 def private_folder(parent: Path | None = None) -> Path:
