@@ -128,9 +128,12 @@ def connections(cell: Cell) -> int:
     return CONNECTIONS_PER_VCPU * cell.vcpus
 
 
-def windows(cell: Cell) -> tuple[int, int]:
-    """Return the transactions of the two windows: in whole lives of all connections."""
-    unit = connections(cell) * cell.per_connection
+def windows(cell: Cell, open_connections: int | None = None) -> tuple[int, int]:
+    """Return the transactions of the two windows: in whole lives of all connections.
+
+    So many are open at a time (None: as many as in a bench).
+    """
+    unit = (open_connections or connections(cell)) * cell.per_connection
     short = max(1, SHORT_WINDOW // unit) * unit
     return short, 2 * short
 
