@@ -222,6 +222,10 @@ def grade(
         "out": "the result file (results/bench.json); an interrupted bench goes on where it was",
         "fresh": "discard what an interrupted bench has left",
         "show": "measure nothing, show the tables of this result file",
+        "model": "show the cost model, and what each optimisation contributes, as well",
+        "transfers": "for the model: a result of --sharing (sharing.json beside --show's, if any)",
+        "sharing": "count the cache lines that move between CPUs instead (the first of "
+        "--per-connection and of --smp; --out: results/sharing.json)",
         "lab": "whose solution MegaPipe is",
     }
 )
@@ -238,19 +242,31 @@ def bench(
     out: str = "",
     fresh: bool = False,
     show: str = "",
+    model: bool = False,
+    transfers: str = "",
+    sharing: bool = False,
     lab: str = LAB,
 ) -> None:
     """Measure MegaPipe, epoll, io_uring and the limit side by side."""
     from dataclasses import replace
 
-    from rich.console import Console
-
     from grader import bench as module
     from grader import samples
     from grader.lab import load_lab
 
+    if model and not show:
+        raise UsageError("--model shows what --show names", "--show results/bench.json --model")
     if show:
-        module.report(samples.read(Path(show))[1], Console())
+        document, found = samples.read(Path(show))
+        module.report(found, module.wide_console())
+        if model:
+            from grader import contributions
+            from grader.sharing import read_transfers
+
+            beside = Path(transfers or Path(show).with_name("sharing.json"))
+            there = bool(transfers) or beside.is_file()
+            moved = read_transfers(beside, document["identity"]) if there else {}
+            contributions.report(found, moved, module.wide_console())
         return
     if quick and full:
         raise UsageError("--quick and --full exclude each other", "leave one of them out")
@@ -264,10 +280,15 @@ def bench(
         "until": until,
     }
     grid = replace(grid, **{name: value for name, value in given.items() if value})
-    path = Path(out) if out else setup.ROOT / "results" / "bench.json"
+    path = Path(out or setup.ROOT / "results" / ("sharing.json" if sharing else "bench.json"))
     if not out:
         path.parent.mkdir(exist_ok=True)
-    module.run(load_lab(lab), grid, path, fresh=fresh)
+    if sharing:
+        from grader import sharing as moving
+
+        moving.run(load_lab(lab), grid, path)
+    else:
+        module.run(load_lab(lab), grid, path, fresh=fresh)
 
 
 @verb(

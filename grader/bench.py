@@ -257,7 +257,7 @@ def run(lab: Lab, grid: Grid, out: Path, *, fresh: bool = False) -> None:
                         _measure_cell(station, cell, grid, journal, clock, progress)
         made = samples.document(identity(grid, built), _environment(machine), journal.samples)
         journal.finish(made)
-    report(journal.samples, Console())
+    report(journal.samples, wide_console())
     progress.say(f"{out} has the counts. {progress.summary()}")
 
 
@@ -286,6 +286,12 @@ def _processor() -> str:
         return platform.processor()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+def wide_console() -> Console:
+    """Return a console for tables: as wide as the terminal, and wide enough in a file."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(width=160)
 
 
 def report(found: Sequence[Sample], console: Console) -> None:

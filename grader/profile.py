@@ -297,7 +297,7 @@ def run(
         plain = Console(file=file, width=160)
         for table in tables:
             plain.print(table)
-    console = Console()
+    console = bench.wide_console()
     for table in tables:
         console.print(table)
     for profiles in found:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich import box
@@ -24,14 +25,14 @@ from rich.table import Table
 
 from grader import bench
 from grader import variant as variants
-from grader.bench import SERVERS
+from grader.bench import SERVERS, Grid
 from grader.cache import write_whole
 from grader.experiment import Session
 from grader.lab import Lab, LoadShape
 from grader.probe.memory import KINDS, GuestMemory, Thing
 from grader.probe.sharing_file import Transfers
 from grader.progress import Progress
-from grader.samples import Cell
+from grader.samples import BadResult, Cell
 from grader.station import Station, build, module_symbols
 from kernel.build import build_kernel
 
@@ -261,39 +262,79 @@ def as_json(sharing: Sharing, top: int = TOP) -> dict[str, Any]:
     return plain
 
 
-def run(
-    lab: Lab, servers: Sequence[str], per_connection: int, rounds: int, out: Path, vcpus: int = 4
-) -> None:
-    """Measure servers (of `grader.bench.SERVERS`) in turn, print tables, write the result to `out`.
+def run(lab: Lab, grid: Grid, out: Path) -> None:
+    """Measure servers in turn, `grid.rounds` times, print tables, write the result to `out`.
 
-    Under one load for all: 64 bytes, 64 connections for each vCPU, in rounds.
+    Of the grid, the first number of vCPUs and the first size are used.
     """
-    progress, console = Progress(), Console()
+    progress, console = Progress(), bench.wide_console()
     with progress.phase("build"):
         built = build(lab, variants.solution(lab.folder), build_kernel(progress=progress))
-    shape = LoadShape(bench.CONNECTIONS_PER_VCPU * vcpus, per_connection, mode="rounds")
-    measured: dict[str, list[Sharing]] = {server: [] for server in servers}
+    vcpus = grid.vcpus[0]
+    found: dict[int, dict[str, list[Sharing]]] = {
+        n: {server: [] for server in grid.servers} for n in grid.per_connection
+    }
     with progress.phase("sharing"):
         progress.update(f"booting with {vcpus} vCPUs")
         with Station(built, vcpus, counted=False, sharing=True, kernel_args=KERNEL_ARGS) as station:
             machine = station.machine.environment()
-            for number in range(rounds):
-                for server in servers:
-                    progress.update(f"round {number + 1} of {rounds}: {server}")
-                    measured[server].append(
-                        measure_sharing(station, SERVERS[server], shape, 1 + number)
-                    )
-    console.print(overview(measured))
-    for server, found in measured.items():
-        tables(server, found[-1], console)
+            for n, measured in found.items():
+                cell = Cell(vcpus, grid.sizes[0], n)
+                shape = LoadShape(bench.connections(cell), n, cell.size, mode="rounds")
+                for number in range(grid.rounds):
+                    for server in grid.servers:
+                        progress.update(f"n = {n}, round {number + 1} of {grid.rounds}: {server}")
+                        one = measure_sharing(station, SERVERS[server], shape, grid.seed + number)
+                        measured[server].append(one)
+    for n, measured in found.items():
+        console.print(overview(n, measured))
+        for server, sharings in measured.items():
+            tables(server, sharings[-1], console)
     console.print(EXPLANATION)
     document = {
         "version": VERSION,
+        "identity": bench.identity(grid, built),
         "machine": machine,
-        "servers": {name: [as_json(one) for one in found] for name, found in measured.items()},
+        "cells": [
+            {
+                "vcpus": vcpus,
+                "size": grid.sizes[0],
+                "per_connection": n,
+                "servers": {
+                    name: [as_json(one) for one in each] for name, each in found[n].items()
+                },
+            }
+            for n in found
+        ],
     }
     write_whole(out, json.dumps(document, indent=2) + "\n")
     progress.say(f"{out} has the counts. {progress.summary()}")
+
+
+def read_transfers(path: Path, identity: Mapping[str, Any]) -> dict[Cell, dict[str, float]]:
+    """Return the transfers per transaction of each server in a result of `run`, by cell.
+
+    Raises `BadResult` if that is none, or not of the kernel and the module of `identity`.
+    """
+    try:
+        document = json.loads(path.read_text())
+        for key in ("kernel_key", "module_key"):
+            if document["identity"][key] != identity[key]:
+                raise BadResult(
+                    f"{path} was measured with another {key.removesuffix('_key')}",
+                    "measure again: invoke bench --sharing",
+                )
+        return {
+            Cell(cell["vcpus"], cell["size"], cell["per_connection"]): {
+                server: fmean(one["moved"]["loads"] + one["moved"]["stores"] for one in rounds)
+                for server, rounds in cell["servers"].items()
+            }
+            for cell in document["cells"]
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadResult(
+            f"{path} is no result of bench --sharing: {error}", "name another file"
+        ) from None
 
 
 EXPLANATION = (
@@ -304,11 +345,11 @@ EXPLANATION = (
 )
 
 
-def overview(measured: Mapping[str, Sequence[Sharing]]) -> Table:
+def overview(n: int, measured: Mapping[str, Sequence[Sharing]]) -> Table:
     """Return the servers side by side: the transfers of each round."""
     result = Table(
         box=box.SIMPLE_HEAD,
-        title="Cache lines that move between CPUs, each round",
+        title=f"n = {n}: cache lines that move between CPUs, each round",
         title_justify="left",
     )
     result.add_column("server", no_wrap=True)

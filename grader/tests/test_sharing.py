@@ -514,7 +514,7 @@ def test_a_transaction_is_the_slope(harness: Path, tmp_path: Path) -> None:
     assert data["per_connection"] == 20
 
     console = Console(file=io.StringIO(), width=160)
-    console.print(sharing.overview({"BPL": [one, one]}))
+    console.print(sharing.overview(1, {"BPL": [one, one]}))
     sharing.tables("BPL", one, console)
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()

@@ -1,0 +1,137 @@
+"""What P, B and L contribute, one after the other as in the paper's table 3, and each alone.
+
+Counts are measured; cycles are those of the model (`grader.model`). The paper's own figures stand
+beside them: percentage points of throughput over its baseline, on eight cores of 2012.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from grader import compare, model
+from grader.compare import BASELINE, Comparison
+from grader.samples import Cell, Sample
+
+# Han et al., OSDI 2012, table 3: transactions per connection -> percentage points, as printed.
+PAPER: Mapping[str, Mapping[int, float]] = {
+    "P": {1: 211.6, 2: 207.5, 4: 181.3, 8: 83.5, 16: 38.9, 32: 29.5, 64: 17.2, 128: 8.8},
+    "B": {1: 18.8, 2: 22.8, 4: 72.4, 8: 44.6, 16: 31.8, 32: 30.4, 64: 27.3, 128: 19.8},
+    "L": {1: 352.1, 2: 230.5, 4: 79.3, 8: 22.0, 16: 9.7, 32: 2.9, 64: 0.4, 128: 0.1},
+}
+# What is added, to what, making what.
+IN_ORDER = (("P", BASELINE, "P"), ("B", "P", "BP"), ("L", "BP", "BPL"))
+ALONE = (("P", "plain", "P"), ("B", "plain", "B"), ("L", "plain", "L"))
+
+
+def counts(
+    comparison: Comparison, transfers: Mapping[str, float] | None
+) -> dict[str, dict[str, float]]:
+    """Return each server's counts per transaction, as the model wants them."""
+    found = {}
+    for server, samples in comparison.samples.items():
+        one = {"instructions": comparison.spread(server, compare.instructions).mean}
+        for name in ("syscalls", "context_switches", "ipis", "doorbells"):
+            one[name] = fmean(sample.costs.calls[name] for sample in samples)
+        if transfers is not None:
+            if server not in transfers:
+                continue
+            one["transfers"] = transfers[server]
+        found[server] = one
+    return found
+
+
+def paper_at(what: str, n: int) -> str:
+    """Return the paper's figure for the measured n; where it has none, for the nearest."""
+    nearest = min(PAPER[what], key=lambda other: abs(other - n))
+    text = f"{PAPER[what][nearest]:+.1f}"
+    return text if nearest == n else f"{text} (n = {nearest})"
+
+
+def report(
+    samples: Sequence[Sample], transfers: Mapping[Cell, Mapping[str, float]], console: Console
+) -> None:
+    """Print, for each cell, the model's cycles, what they hang on, and the contributions."""
+    for comparison in compare.compare(samples):
+        found = counts(comparison, transfers.get(comparison.cell))
+        console.print(cycles_table(comparison.cell, found))
+        console.print(_sensitivity(found))
+        if set(found).issuperset({server for step in IN_ORDER for server in step[1:]}):
+            console.print(contributions_table(comparison, found))
+
+
+def cycles_table(cell: Cell, servers: Mapping[str, Mapping[str, float]]) -> Table:
+    """Return the model for people: counts, what each adds in cycles, and the sum."""
+    result = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"n = {cell.per_connection}, {cell.size} B, {cell.vcpus} vCPUs: the model's cycles "
+        "per transaction (count x weight)",
+        title_justify="left",
+    )
+    result.add_column("server", no_wrap=True)
+    names = [w for w in model.WEIGHTS if any(w.count in one for one in servers.values())]
+    for weight in names:
+        result.add_column(f"{weight.count} x {weight.cycles:g}", justify="right")
+    result.add_column("cycles", justify="right")
+    result.add_column("of epoll", justify="right")
+    base = model.cycles(servers[BASELINE]) if BASELINE in servers else 0.0
+    for server, one in servers.items():
+        total = model.cycles(one)
+        result.add_row(
+            server,
+            *(f"{one.get(w.count, 0.0) + 0.0:,.{0 if w.cycles == 1 else 2}f}" for w in names),
+            f"{total:,.0f}",
+            f"{total / base:.1%}" if base else "",
+        )
+    return result
+
+
+def _sensitivity(servers: Mapping[str, Mapping[str, float]]) -> str:
+    changed = [one for one in model.sensitivity(servers) if one.changed]
+    if not changed:
+        return "The order of the servers stays when any weight is halved or doubled.\n"
+    lines = ["The order of the servers hangs on these weights:"]
+    for one in changed:
+        lines.append(f"  {one.weight.count} x {one.factor:g}: {', '.join(one.order)}")
+    return "\n".join(lines) + "\n"
+
+
+def contributions_table(
+    comparison: Comparison, servers: Mapping[str, Mapping[str, float]]
+) -> Table:
+    """Return what each optimisation takes away: added in the paper's order, and alone."""
+    cell = comparison.cell
+    result = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"n = {cell.per_connection}: what each optimisation takes away, per transaction",
+        title_justify="left",
+    )
+    result.add_column("step", no_wrap=True)
+    for column in ("instructions", "transfers", "model cycles", "points", "paper's points"):
+        result.add_column(column, justify="right")
+    base = model.cycles(servers[BASELINE])
+    for title, steps in (("in order", IN_ORDER), ("alone", ALONE)):
+        for what, before, after in steps:
+            if before not in servers or after not in servers:
+                continue
+            one, other = servers[before], servers[after]
+            moved = f"{one['transfers'] - other['transfers']:,.1f}" if "transfers" in one else ""
+            gained = 100 * base * (1 / model.cycles(other) - 1 / model.cycles(one))
+            result.add_row(
+                f"{title}: {before} -> {after}",
+                f"{one['instructions'] - other['instructions']:,.0f}",
+                moved,
+                f"{model.cycles(one) - model.cycles(other):,.0f}",
+                f"{gained:+.1f}",
+                paper_at(what, cell.per_connection) if title == "in order" else "",
+            )
+    result.caption = (
+        "points: percentage points of throughput over epoll, if cycles were all (a model). The "
+        "paper's are of eight cores, where a shared line also makes the others wait."
+    )
+    result.caption_justify = "left"
+    return result
