@@ -164,7 +164,7 @@ def explain(version: str, said: str) -> tuple[str, str]:
     return f"{version} {reason}: {said}", todo
 
 
-def arguments(plugin_file: Path, **options: Path | int) -> list[str]:
+def arguments(plugin_file: Path, **options: Path | int | str) -> list[str]:
     """Return the arguments that make QEMU load the plugin with these options."""
     words = [str(plugin_file), *(f"{option}={value}" for option, value in options.items())]
     # A comma in an option's value is written twice.

@@ -25,6 +25,8 @@ from grader.probe.sharing_file import LINE_BYTES
 
 # Of x86-64: where the kernel's image is mapped, 1 GiB of it at most; then modules.
 IMAGE = 0xFFFFFFFF80000000
+# Where the kernel maps all memory when nothing is randomised (with four levels of page tables).
+DIRECT_MAP = 0xFFFF888000000000
 MODULES = 0xFFFFFFFFC0000000
 MODULES_END = 0xFFFFFFFFFF000000
 KERNEL_HALF = 1 << 63
@@ -160,6 +162,11 @@ class GuestMemory:
         self._direct, self._vmalloc, self._vmemmap = (
             self._pointer(name) for name in ("page_offset_base", "vmalloc_base", "vmemmap_base")
         )
+        if self._direct != DIRECT_MAP:
+            raise ProbeError(
+                f"the guest has its memory at {self._direct:#x}, not at {DIRECT_MAP:#x}",
+                "boot it without KASLR, on a CPU without five levels of page tables (la57)",
+            )
         self._areas = self._per_cpu_areas()
         self._pages = _Pages(len(self._data) // _PAGE, self._vmemmap)
         self.look()

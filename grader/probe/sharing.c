@@ -41,6 +41,8 @@
  *   counters=PATH    the shared file; its header (struct sharing_header) is already filled in
  *   functions=PATH   a text file of hex addresses, one a line, ascending: where functions begin
  *   memory_mib=N     the size of the guest's memory; what lies beyond is not seen
+ *   direct=ADDRESS   optional: where the kernel has mapped all memory, one to one (in hex). Most
+ *                    accesses go there, and QEMU need not be asked where they lead
  *   memory=PATH      optional: the file that is the guest's memory. It and the other two are
  *                    removed when the guest begins to run, for then all have opened them, and
  *                    whoever is killed from then on leaves no memory in use
@@ -158,6 +160,9 @@ static struct {
 /* By line: a bit for each vCPU that holds it. */
 static uint64_t *holders;
 static uint64_t n_lines;
+
+/* All memory at one place, of n_lines, if the kernel has it; at 0 it has not. */
+static uint64_t direct_map;
 
 /* Files to remove when the guest begins to run; NULL if none. */
 static char *to_remove[3];
@@ -292,8 +297,13 @@ static void touch(unsigned int vcpu, void *insn, uint64_t line, bool store, uint
 /* Where the access at vaddr goes; false if not to memory. */
 static bool physical(unsigned int vcpu, qemu_plugin_meminfo_t info, uint64_t vaddr, uint64_t *paddr)
 {
-	struct qemu_plugin_hwaddr *address = qemu_plugin_get_hwaddr(info, vaddr);
+	struct qemu_plugin_hwaddr *address;
 
+	if (direct_map && (vaddr - direct_map) >> LINE_SHIFT < n_lines) {
+		*paddr = vaddr - direct_map;
+		return true;
+	}
+	address = qemu_plugin_get_hwaddr(info, vaddr);
 	if (!address) {
 		blocks[vcpu]->unseen++;
 		return false;
@@ -534,6 +544,8 @@ static const char *value_of(const char *argument, const char *key)
 int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, char **argv)
 {
 	const char *counters = NULL, *list = NULL, *size = NULL, *memory = NULL;
+	const char *direct = NULL;
+	char *end;
 	int i;
 
 	for (i = 0; i < argc; i++) {
@@ -543,13 +555,16 @@ int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, 
 			list = value_of(argv[i], "functions");
 		else if (value_of(argv[i], "memory_mib"))
 			size = value_of(argv[i], "memory_mib");
+		else if (value_of(argv[i], "direct"))
+			direct = value_of(argv[i], "direct");
 		else if (value_of(argv[i], "memory"))
 			memory = value_of(argv[i], "memory");
 		else
 			return refuse("unknown argument %s", argv[i]);
 	}
 	if (!counters || !list || !size)
-		return refuse("arguments: counters=PATH,functions=PATH,memory_mib=N[,memory=PATH]");
+		return refuse("arguments: counters=PATH,functions=PATH,memory_mib=N"
+			      "[,direct=ADDRESS][,memory=PATH]");
 	if (!info->system_emulation || strcmp(info->target_name, "x86_64"))
 		return refuse("only for qemu-system-x86_64, this is a QEMU for %s",
 			      info->target_name);
@@ -561,6 +576,11 @@ int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, 
 			      info->system.max_vcpus, counters, header->vcpus);
 	if (make_state(size))
 		return -1;
+	if (direct) {
+		direct_map = strtoull(direct, &end, 16);
+		if (*end || !in_kernel(direct_map))
+			return refuse("direct=%s: not a hex address of the kernel's half", direct);
+	}
 	if (memory) {
 		to_remove[0] = strdup(memory);
 		to_remove[1] = strdup(counters);

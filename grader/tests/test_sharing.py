@@ -20,7 +20,7 @@ from grader import variant as variants
 from grader.bench import SERVERS
 from grader.lab import LoadShape, load_lab
 from grader.probe import ProbeError, Symbols, plugin, sharing_file
-from grader.probe.memory import GuestMemory, Thing
+from grader.probe.memory import DIRECT_MAP, GuestMemory, Thing
 from grader.probe.sharing import SharingProbe
 from grader.probe.sharing_file import CODE_FUNCTIONS, Transfers
 from grader.station import Station, build
@@ -61,7 +61,7 @@ def run_harness(
     lines = "".join(f"{start:x}\n" for start in FUNCTIONS)
     listed.write_text(lines if functions is None else functions)
     run = subprocess.run(
-        [harness, f"counters={counters}", f"functions={listed}", memory],
+        [harness, f"counters={counters}", f"functions={listed}", *memory.split()],
         input=accesses,
         capture_output=True,
         text=True,
@@ -156,6 +156,18 @@ def test_what_is_no_memory_is_left_out(harness: Path, tmp_path: Path) -> None:
         assert found.unseen.tolist() == ([1, 1] if "f0" in address else [0, 0])
 
 
+def test_the_direct_map_is_not_looked_up(harness: Path, tmp_path: Path) -> None:
+    # The harness, asked, would not know where these are, or say that they are no memory.
+    known = ("ffff88800f000000", "ffff88800e000000")
+    accesses = "".join(f"0 w {F0} {a} 3\n1 w {F0} {a} 3\n" for a in (*known, "ffffc9000f000000"))
+    arguments = "memory_mib=256 direct=ffff888000000000"
+    said, left = run_harness(harness, tmp_path, "on\n" + accesses, memory=arguments)
+    assert said == ""
+    found = sharing_file.parse(left)
+    assert found.line.tolist() == [0xE000000 // 64, 0xF000000 // 64]
+    assert found.unseen.tolist() == [1, 1]
+
+
 def test_the_state_is_kept_while_nothing_is_counted(harness: Path, tmp_path: Path) -> None:
     accesses = f"off\n0 w {F0} {LINE} 3\n1 w {F0} {LINE} 3\non\n0 r {F0} {LINE} 3\n"
     found = moved(harness, tmp_path, accesses)
@@ -233,6 +245,8 @@ def header_with(**changes: int | bytes) -> bytes:
         (None, None, "memory_mib=0", "give 1 to 2816"),
         (None, None, "memory_mib=4096", "give 1 to 2816"),
         (None, None, "memory_mib=512M", "give 1 to 2816"),
+        (None, None, "memory_mib=1 direct=401000", "direct=401000: not a hex address"),
+        (None, None, "memory_mib=1 direct=there", "direct=there: not a hex address"),
         (None, None, "size=512", "unknown argument size=512"),
     ],
 )
@@ -343,7 +357,7 @@ def test_what_cannot_be_followed(
 
 # -- What a line is, in a made-up memory
 
-IMAGE, DIRECT = 0xFFFFFFFF80000000, 0xFFFF888000000000
+IMAGE, DIRECT = 0xFFFFFFFF80000000, DIRECT_MAP
 VMALLOC, VMEMMAP = 0xFFFFC90000000000, 0xFFFFEA0000000000
 MIB = 1 << 20
 AREAS = (DIRECT + 0x280000, DIRECT + 0x288000)
@@ -476,6 +490,9 @@ def test_a_layout_that_does_not_fit_is_not_guessed(tmp_path: Path) -> None:
 def test_another_kernels_memory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ProbeError, match="not the one of"):
         GuestMemory(bytes(4 * MIB), write_system_map(tmp_path))
+    moved_away = bytes(made_up_memory(page_offset_base=DIRECT + (1 << 40)))
+    with pytest.raises(ProbeError, match="not at 0xffff888000000000"):
+        GuestMemory(moved_away, write_system_map(tmp_path))
     path = tmp_path / "System.map"
     path.write_text("ffffffff81000000 T _text\n")
     with pytest.raises(ProbeError, match="has no linux_banner"):
@@ -547,7 +564,7 @@ def test_partitioning_keeps_connections_where_they_are(kernel: Kernel) -> None:
     ]
     assert tcp[0] > 3 * tcp[1]
     kinds = {line.kind for line in shared.lines}
-    assert {"variable", "per-CPU", "slab", "table", "struct page", "page", "user"} <= kinds
+    assert {"variable", "per-CPU", "slab", "table", "struct page", "page"} <= kinds
     assert "slab objects of an unknown cache" not in {line.name for line in shared.lines}
     # Functions of the module are known by name.
     assert any(one.name.startswith("mp_") for one in local.functions)
