@@ -32,6 +32,12 @@ struct mp_lw_slot {
 #define MP_NO_SLOT	U32_MAX
 
 /*
+ * How many removed handles, and lwsockets, a channel keeps. To allocate, charge
+ * and free one costs several times what it costs to use it again.
+ */
+#define MP_MAX_SPARE	128
+
+/*
  * A channel. Everything above @lock is used by the owning thread alone, inside
  * a crossing, and needs no lock: a channel has one thread, a thread makes one
  * crossing at a time, and release() runs when no crossing can be under way.
@@ -71,6 +77,9 @@ struct mp_channel {
 	/* Handles that were removed and not freed, for the next connections. */
 	struct list_head spare;
 	u32 nr_spare;
+	/* Memory of lwsockets likewise. */
+	struct socket *spare_lw[MP_MAX_SPARE];
+	u32 nr_spare_lw;
 
 	atomic_t nr_jobs;		/* that workers are at, see job.c */
 
@@ -226,6 +235,7 @@ int mp_convert(struct mp_handle *h, const struct mp_request *req);
 int mp_drop(struct mp_channel *ch, const struct mp_request *req);
 void mp_progress(struct mp_handle *h, __poll_t events);
 void mp_forget(struct mp_handle *h);
+void mp_lw_close(struct mp_channel *ch, struct socket *lw);
 void mp_lw_drop_all(struct mp_channel *ch);
 
 /* socket.c */

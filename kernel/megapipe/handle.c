@@ -19,12 +19,6 @@
 #include "lwsocket.h"
 #include "partition.h"
 
-/*
- * How many removed handles a channel keeps. To allocate and to free one costs
- * several times what it costs to clear it, most of it for accounting.
- */
-#define MP_MAX_SPARE	256
-
 static struct kmem_cache *mp_handle_cache;
 
 int mp_handle_init(void)
@@ -351,7 +345,7 @@ static void mp_handle_free(struct mp_handle *h)
 		wake_up_interruptible_poll(&h->sock->wq.wait, EPOLLIN | EPOLLRDNORM);
 
 	if (h->light) {
-		ch->lwsocket->release(h->sock);
+		mp_lw_close(ch, h->sock);
 	} else if (h->listener) {
 		ch->partition->close(h->listener, h->file);
 		fput(h->listener);

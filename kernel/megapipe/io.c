@@ -133,16 +133,42 @@ static struct socket *mp_lw_take(struct mp_channel *ch, s32 number)
 	return sock;
 }
 
+/* Memory for a connection, or ERR_PTR(). */
+static struct socket *mp_lw_get(struct mp_channel *ch)
+{
+	if (ch->nr_spare_lw)
+		return ch->spare_lw[--ch->nr_spare_lw];
+	return ch->lwsocket->alloc();
+}
+
+/* There is no connection in @lw any more. */
+static void mp_lw_put(struct mp_channel *ch, struct socket *lw)
+{
+	if (ch->nr_spare_lw < MP_MAX_SPARE)
+		ch->spare_lw[ch->nr_spare_lw++] = lw;
+	else
+		ch->lwsocket->free(lw);
+}
+
+void mp_lw_close(struct mp_channel *ch, struct socket *lw)
+{
+	ch->lwsocket->close(lw);
+	mp_lw_put(ch, lw);
+}
+
+/* After the handles have gone. */
 void mp_lw_drop_all(struct mp_channel *ch)
 {
 	u32 i;
 
 	for (i = 0; i < ch->nr_lw_slots; i++) {
 		if (ch->lw_slots[i].sock)
-			ch->lwsocket->release(ch->lw_slots[i].sock);
+			mp_lw_close(ch, ch->lw_slots[i].sock);
 		cond_resched();
 	}
 	kvfree(ch->lw_slots);
+	while (ch->nr_spare_lw)
+		ch->lwsocket->free(ch->spare_lw[--ch->nr_spare_lw]);
 }
 
 int mp_drop(struct mp_channel *ch, const struct mp_request *req)
@@ -154,7 +180,7 @@ int mp_drop(struct mp_channel *ch, const struct mp_request *req)
 	sock = req->fd >= MP_LWSOCKET_BASE ? mp_lw_take(ch, req->fd) : NULL;
 	if (!sock)
 		return -EBADF;
-	ch->lwsocket->release(sock);
+	mp_lw_close(ch, sock);
 	return 0;
 }
 
@@ -289,18 +315,24 @@ static int mp_accept_fd(struct mp_handle *h)
 static int mp_accept_light(struct mp_handle *h)
 {
 	struct mp_channel *ch = h->channel;
-	struct socket *sock;
-	int slot;
+	struct socket *lw;
+	int slot, ret;
 
 	slot = mp_lw_slot_get(ch);
 	if (slot < 0)
 		return slot;
-	sock = ch->lwsocket->accept(h->sock);
-	if (IS_ERR(sock)) {
+	lw = mp_lw_get(ch);
+	if (IS_ERR(lw)) {
 		mp_lw_slot_put(ch, slot);
-		return PTR_ERR(sock);
+		return PTR_ERR(lw);
 	}
-	ch->lw_slots[slot].sock = sock;
+	ret = ch->lwsocket->accept(h->sock, lw);
+	if (ret) {
+		mp_lw_put(ch, lw);
+		mp_lw_slot_put(ch, slot);
+		return ret;
+	}
+	ch->lw_slots[slot].sock = lw;
 	return MP_LWSOCKET_BASE + slot;
 }
 
@@ -540,6 +572,7 @@ int mp_disconnect(struct mp_handle *h, const struct mp_request *req)
 int mp_convert(struct mp_handle *h, const struct mp_request *req)
 {
 	struct mp_completion c = { .op = MP_OP_CONVERT };
+	struct socket *lw = h->sock;
 	struct file *file;
 	int fd;
 
@@ -550,11 +583,12 @@ int mp_convert(struct mp_handle *h, const struct mp_request *req)
 		return fd;
 	/* Its wait queue goes; what is pending is waited for in the new one. */
 	mp_handle_unwait(h);
-	file = h->channel->lwsocket->convert(h->sock);
+	file = h->channel->lwsocket->convert(lw);
 	if (IS_ERR(file)) {
 		put_unused_fd(fd);
 		c.result = PTR_ERR(file);
 	} else {
+		mp_lw_put(h->channel, lw);
 		h->light = false;
 		h->file = file;
 		h->sock = sock_from_file(file);

@@ -21,25 +21,35 @@ struct mp_lwsocket_ops {
 	void (*exit)(void);
 
 	/*
-	 * Owner, may sleep. Take the next connection out of the queue of
-	 * @listener, without waiting for one. Returns its struct socket, or
-	 * ERR_PTR(): -EAGAIN, there is none; -ENOMEM, -ECONNABORTED, ...;
-	 * -EOPNOTSUPP, make an ordinary descriptor of it instead.
+	 * Owner, may sleep. Memory for an lwsocket, in which connections come
+	 * and go; or ERR_PTR(): -ENOMEM; -EOPNOTSUPP, make ordinary descriptors
+	 * instead. A packet for the connection before may still be looking at
+	 * it when the next one is accepted.
 	 */
-	struct socket *(*accept)(struct socket *listener);
+	struct socket *(*alloc)(void);
+
+	/* Any task, may sleep. There is no connection in it. */
+	void (*free)(struct socket *lw);
 
 	/*
-	 * Owner, or whoever closes the channel; may sleep. Close the connection
-	 * and free everything. Nobody waits in @lw's wait queue any more, but a
-	 * packet may arrive on another CPU at this moment.
+	 * Owner, may sleep. Take the next connection out of the queue of
+	 * @listener into @lw, without waiting for one. 0 or a negative errno:
+	 * -EAGAIN, there is none; -ECONNABORTED, ...
 	 */
-	void (*release)(struct socket *lw);
+	int (*accept)(struct socket *listener, struct socket *lw);
+
+	/*
+	 * Owner, or whoever closes the channel; may sleep. Close the
+	 * connection. Nobody waits in @lw's wait queue any more, but a packet
+	 * may arrive on another CPU at this moment.
+	 */
+	void (*close)(struct socket *lw);
 
 	/*
 	 * Owner, may sleep. Make an ordinary socket of the connection, packets
-	 * arriving meanwhile: returns its file (no descriptor yet), and @lw is
-	 * free; or ERR_PTR() and nothing has changed. Nobody waits in @lw's
-	 * wait queue.
+	 * arriving meanwhile: returns its file (no descriptor yet), and there
+	 * is no connection in @lw; or ERR_PTR() and nothing has changed. Nobody
+	 * waits in @lw's wait queue.
 	 */
 	struct file *(*convert)(struct socket *lw);
 };

@@ -5,7 +5,7 @@
  * You write the functions below; kernel/megapipe/lwsocket.h says when each is
  * called and what you may call. The module calls your functions for channels
  * that were created with MP_LWSOCKET. The plain way that you replace is an
- * ordinary descriptor: it is what the module makes when your accept says
+ * ordinary descriptor: it is what the module makes when your alloc says
  * EOPNOTSUPP.
  *
  * What a short connection pays for its descriptor, and never uses: an inode and
@@ -65,34 +65,43 @@ static void lightweight_exit(void)
 	/* END SOLUTION */
 }
 
-/* STUDENT: take the next connection out of the listener's queue, with nothing around it. */
-static struct socket *lightweight_accept(struct socket *listener)
+/* STUDENT: memory for one; it is used for one connection after another. */
+static struct socket *lightweight_alloc(void)
 {
 	/* BEGIN SOLUTION */
-	struct proto_accept_arg arg = { .flags = O_NONBLOCK };
-	struct lwsocket *lw;
-	int ret;
+	struct lwsocket *lw = kmem_cache_alloc(cache, GFP_KERNEL);
 
-	lw = kmem_cache_alloc(cache, GFP_KERNEL);
-	if (!lw)
-		return ERR_PTR(-ENOMEM);
-	ret = sock_accept_bare(listener, &lw->sock, &arg);
-	if (ret) {
-		kmem_cache_free(cache, lw);
-		return ERR_PTR(ret);
-	}
-	return &lw->sock;
+	return lw ? &lw->sock : ERR_PTR(-ENOMEM);
 	/* ELSE STARTER */
 	//| return ERR_PTR(-EOPNOTSUPP);
 	/* END SOLUTION */
 }
 
-/* STUDENT: close the connection and free what you made. */
-static void lightweight_release(struct socket *sock)
+/* STUDENT: undo lightweight_alloc(). */
+static void lightweight_free(struct socket *sock)
+{
+	/* BEGIN SOLUTION */
+	kmem_cache_free(cache, container_of(sock, struct lwsocket, sock));
+	/* END SOLUTION */
+}
+
+/* STUDENT: take the next connection out of the listener's queue, with nothing around it. */
+static int lightweight_accept(struct socket *listener, struct socket *sock)
+{
+	/* BEGIN SOLUTION */
+	struct proto_accept_arg arg = { .flags = O_NONBLOCK };
+
+	return sock_accept_bare(listener, sock, &arg);
+	/* ELSE STARTER */
+	//| return -EOPNOTSUPP;
+	/* END SOLUTION */
+}
+
+/* STUDENT: close the connection. */
+static void lightweight_close(struct socket *sock)
 {
 	/* BEGIN SOLUTION */
 	sock_release(sock);
-	kmem_cache_free(cache, container_of(sock, struct lwsocket, sock));
 	/* END SOLUTION */
 }
 
@@ -128,9 +137,8 @@ static struct file *lightweight_convert(struct socket *sock)
 	sock_graft(sk, full);
 	release_sock(sk);
 
-	/* Nothing but the memory is left of it; and its module's reference. */
+	/* Nothing is left in it but the reference to its module. */
 	module_put(sock->ops->owner);
-	kmem_cache_free(cache, container_of(sock, struct lwsocket, sock));
 	return file;
 	/* ELSE STARTER */
 	//| return ERR_PTR(-EOPNOTSUPP);
@@ -140,7 +148,9 @@ static struct file *lightweight_convert(struct socket *sock)
 const struct mp_lwsocket_ops mp_lightweight_ops = {
 	.init		= lightweight_init,
 	.exit		= lightweight_exit,
+	.alloc		= lightweight_alloc,
+	.free		= lightweight_free,
 	.accept		= lightweight_accept,
-	.release	= lightweight_release,
+	.close		= lightweight_close,
 	.convert	= lightweight_convert,
 };
