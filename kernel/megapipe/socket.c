@@ -65,6 +65,16 @@ static ssize_t mp_socket_read(struct mp_handle *h, struct iov_iter *to)
 	return sock_recvmsg(h->sock, &msg, MSG_DONTWAIT);
 }
 
+static ssize_t mp_socket_write(struct mp_handle *h, struct iov_iter *from)
+{
+	struct msghdr msg = {
+		.msg_iter = *from,
+		.msg_flags = MSG_DONTWAIT | MSG_NOSIGNAL,
+	};
+
+	return sock_sendmsg(h->sock, &msg);
+}
+
 /*
  * A descriptor may have come from another task, or outlive what its task may do,
  * so the security module is asked at each use. An lwsocket never leaves the
@@ -74,7 +84,7 @@ static ssize_t mp_tcp_receive(struct mp_handle *h, struct iov_iter *to)
 {
 	struct msghdr msg = { .msg_iter = *to };
 	struct sock *sk = h->sock->sk;
-	int unused = 0;
+	int unused = 0;		/* length of the peer's address, which nobody wants */
 
 	if (!h->light)
 		return mp_socket_read(h, to);
@@ -91,7 +101,7 @@ static ssize_t mp_tcp_write(struct mp_handle *h, struct iov_iter *from)
 	struct sock *sk = h->sock->sk;
 
 	if (!h->light)
-		return sock_sendmsg(h->sock, &msg);
+		return mp_socket_write(h, from);
 	return READ_ONCE(sk->sk_prot)->sendmsg(sk, &msg, iov_iter_count(from));
 }
 
@@ -107,16 +117,6 @@ static ssize_t mp_tcp_read(struct mp_handle *h, struct iov_iter *to)
 	    READ_ONCE(sk->sk_err) && !READ_ONCE(sk->sk_prot)->sock_is_readable)
 		return sock_error(sk) ?: -EAGAIN;
 	return mp_tcp_receive(h, to);
-}
-
-static ssize_t mp_socket_write(struct mp_handle *h, struct iov_iter *from)
-{
-	struct msghdr msg = {
-		.msg_iter = *from,
-		.msg_flags = MSG_DONTWAIT | MSG_NOSIGNAL,
-	};
-
-	return sock_sendmsg(h->sock, &msg);
 }
 
 /* --- an lwsocket's callbacks ----------------------------------------------------- */

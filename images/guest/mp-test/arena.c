@@ -184,8 +184,13 @@ void arena_make(struct arena *a, unsigned int flags)
 	char *memory;
 
 	*a = (struct arena){ .r = raw_channel_with(16, 16, flags) };
-	/* A gap ends what is read into the memory, and another one what is read into the rings. */
-	memory = mmap(NULL, 2 * ARENA_MEMORY, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	/*
+	 * A gap ends what is read into the memory, and another one what is read
+	 * into the rings. Far from everything else: a request one byte of whose
+	 * address was scribbled over must not read into somebody's stack.
+	 */
+	memory = mmap((void *)ARENA_ADDRESS, 2 * ARENA_MEMORY, PROT_NONE,
+		      MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
 	TRUE(memory != MAP_FAILED);
 	a->memory = memory;
 	MUST(mprotect(memory, ARENA_MEMORY, PROT_READ | PROT_WRITE));

@@ -11,6 +11,7 @@
 
 /* What requests act on. Its handles are 0 .. ENDS - 1, with gaps. */
 enum { ENDS = 24, ARENA_MEMORY = 1 << 16 };
+#define ARENA_ADDRESS 0x100000000000UL
 
 struct arena {
 	struct raw r;
