@@ -9,17 +9,20 @@ from grader import variant as variants
 from grader.experiment import Session
 from grader.lab import LoadShape, load_lab
 from grader.station import Station, build
-from kernel.build import build_kernel
+from kernel.build import Kernel
 
-pytestmark = pytest.mark.machine
-
-PEERS = [name for name, command in bench.SERVERS.items() if not command.startswith("mp-server")]
+# MegaPipe and io_uring have tests of their own.
+PEERS = [
+    name
+    for name, command in bench.SERVERS.items()
+    if not command.startswith(("mp-server", "uring-server"))
+]
 
 
 @pytest.fixture(scope="module")
-def station() -> Iterator[Station]:
+def station(kernel: Kernel) -> Iterator[Station]:
     lab = load_lab("1-batching")
-    with Station(build(lab, variants.solution(lab.folder), build_kernel())) as booted:
+    with Station(build(lab, variants.solution(lab.folder), kernel)) as booted:
         yield booted
 
 
@@ -58,14 +61,15 @@ def test_the_limit_has_nothing_of_a_server(station: Station) -> None:
 
 
 def test_the_limit_leaves_nothing(station: Station) -> None:
-    shape = LoadShape(64, 0, 64)
-    with Session(station, bench.SERVERS["limit"], shape, 1) as session:
+    session = Session(station, bench.SERVERS["limit"], LoadShape(64, 0, 64), 1).__enter__()
+    try:
         session.run(640)
         assert station.machine.run("limit-server --daemon --port 5001").status != 0, "one at a time"
         # Killed with its connections open: they are reset, and nothing is left of them.
         station.machine.run("killall -9 limit-server; sleep 0.5")
-        left = station.machine.run("grep -c :1388 /proc/net/tcp").text
-        assert left.strip() == "0"
+        assert station.machine.run("grep -c :1388 /proc/net/tcp").text.strip() == "0"
+    finally:
+        # As if something had gone wrong: the connections cannot be closed in order any more.
         session.__exit__(KeyboardInterrupt, None, None)
     assert station.machine.run("rmmod mp_limit").status == 0
 
