@@ -114,7 +114,7 @@ class Grid:
 PEERS = ("epoll", "epoll-exclusive", "epoll-reuseport", "io_uring")
 USUAL = Grid((*PEERS, "plain", "B", "BPL", "limit"), (1, 10, 128))
 # In five minutes on two cores.
-QUICK = Grid(("epoll", "epoll-reuseport", "io_uring", "BPL", "limit"), (1, 10, 32))
+QUICK = Grid(("epoll", "epoll-reuseport", "io_uring", "BPL", "limit"), (1, 10, 32), rounds=4)
 FULL = Grid(
     tuple(SERVERS),
     per_connection=(1, 2, 4, 8, 16, 32, 64, 128),
