@@ -37,6 +37,7 @@ def plugin(name: str = "probe", qemu: Path | None = None) -> Path:
     here = Path(__file__).parent
     key = cache.digest(
         here / f"{name}.c",
+        here / "plugin.h",
         here / "qemu_plugin_api.h",
         Path(__file__),
         str(Path(path).resolve()),

@@ -32,18 +32,14 @@
  * A vCPU writes its own block of counters only, so nothing on the way of the guest locks or
  * allocates, be vCPUs threads of their own (thread=multi) or turns of one (thread=single).
  */
-#include "qemu_plugin_api.h"
+#define PLUGIN_NAME "probe"
+#include "plugin.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <inttypes.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #ifndef PROBE_API_VERSION
 #error "compile with -DPROBE_API_VERSION=<the plugin interface version of the QEMU at hand>"
@@ -197,18 +193,6 @@ static void ended(qemu_plugin_id_t id, void *unused)
 	__atomic_store_n(&header->state, STATE_ENDED, __ATOMIC_RELEASE);
 }
 
-__attribute__((format(printf, 1, 2))) static int refuse(const char *format, ...)
-{
-	va_list args;
-
-	fputs("probe: ", stderr);
-	va_start(args, format);
-	vfprintf(stderr, format, args);
-	va_end(args);
-	fputc('\n', stderr);
-	return -1;
-}
-
 static int function_of(const char *name)
 {
 	unsigned int i;
@@ -290,39 +274,20 @@ static int check_header(const char *path, uint64_t bytes)
 
 static int map_counters(const char *path)
 {
-	struct stat status;
+	uint64_t bytes;
 	unsigned int i;
 	void *map;
-	int fd;
 
-	fd = open(path, O_RDWR | O_CLOEXEC);
-	if (fd < 0)
-		return refuse("%s: %s", path, strerror(errno));
-	if (fstat(fd, &status) || status.st_size < (off_t)sizeof(*header)) {
-		close(fd);
-		return refuse("%s: shorter than its header", path);
-	}
-	map = mmap(NULL, (size_t)status.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-	close(fd);
-	if (map == MAP_FAILED)
-		return refuse("%s: mmap: %s", path, strerror(errno));
+	map = map_file(path, sizeof(*header), &bytes);
+	if (!map)
+		return -1;
 	header = map;
-	if (check_header(path, (uint64_t)status.st_size))
+	if (check_header(path, bytes))
 		return -1;
 	for (i = 0; i < header->vcpus; i++)
 		blocks[i] = (void *)((char *)map + header->blocks_offset +
 				     (size_t)i * header->block_bytes);
 	return 0;
-}
-
-/* The value of "key=value", or NULL if it is another key. */
-static const char *value_of(const char *argument, const char *key)
-{
-	size_t length = strlen(key);
-
-	return !strncmp(argument, key, length) && argument[length] == '=' ?
-		       argument + length + 1 :
-		       NULL;
 }
 
 int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, char **argv)

@@ -53,18 +53,16 @@
  * taken by compare-and-swap and counts by atomic addition. The list of places has a lock, taken
  * only when code is translated. Nothing on the way of the guest allocates.
  */
-#include "qemu_plugin_api.h"
+#define PLUGIN_NAME "sharing probe"
+#include "plugin.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <inttypes.h>
 #include <pthread.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #ifndef PROBE_API_VERSION
@@ -408,18 +406,6 @@ static void ended(qemu_plugin_id_t id, void *unused)
 	__atomic_store_n(&header->state, STATE_ENDED, __ATOMIC_RELEASE);
 }
 
-__attribute__((format(printf, 1, 2))) static int refuse(const char *format, ...)
-{
-	va_list args;
-
-	fputs("sharing probe: ", stderr);
-	va_start(args, format);
-	vfprintf(stderr, format, args);
-	va_end(args);
-	fputc('\n', stderr);
-	return -1;
-}
-
 /* Whether `number` items of `size` bytes lie within the file, aligned, from `offset` on. */
 static bool fits(uint64_t bytes, uint64_t offset, uint64_t number, uint64_t size)
 {
@@ -448,24 +434,15 @@ static int check_header(const char *path, uint64_t bytes)
 
 static int map_counters(const char *path)
 {
-	struct stat status;
+	uint64_t bytes;
 	unsigned int i;
 	char *map;
-	int fd;
 
-	fd = open(path, O_RDWR | O_CLOEXEC);
-	if (fd < 0)
-		return refuse("%s: %s", path, strerror(errno));
-	if (fstat(fd, &status) || status.st_size < (off_t)sizeof(*header)) {
-		close(fd);
-		return refuse("%s: shorter than its header", path);
-	}
-	map = mmap(NULL, (size_t)status.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-	close(fd);
-	if (map == MAP_FAILED)
-		return refuse("%s: mmap: %s", path, strerror(errno));
+	map = map_file(path, sizeof(*header), &bytes);
+	if (!map)
+		return -1;
 	header = (void *)map;
-	if (check_header(path, (uint64_t)status.st_size))
+	if (check_header(path, bytes))
 		return -1;
 	for (i = 0; i < header->vcpus; i++)
 		blocks[i] = (void *)(map + header->blocks_offset + (size_t)i * header->block_bytes);
@@ -529,16 +506,6 @@ static int make_state(const char *text)
 		return refuse("no memory for the state of %lu MiB", mib);
 	header->memory_mib = (uint32_t)mib;
 	return 0;
-}
-
-/* The value of "key=value", or NULL if it is another key. */
-static const char *value_of(const char *argument, const char *key)
-{
-	size_t length = strlen(key);
-
-	return !strncmp(argument, key, length) && argument[length] == '=' ?
-		       argument + length + 1 :
-		       NULL;
 }
 
 int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, char **argv)

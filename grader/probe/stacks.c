@@ -37,17 +37,12 @@
  * What does not fit is counted as lost, never dropped: the sum over all nodes is what the probe
  * (probe.c) counts, for both count a block whole when it is entered.
  */
-#include "qemu_plugin_api.h"
+#define PLUGIN_NAME "stacks"
+#include "plugin.h"
 
-#include <errno.h>
-#include <fcntl.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #ifndef PROBE_API_VERSION
 #error "compile with -DPROBE_API_VERSION=<the plugin interface version of the QEMU at hand>"
@@ -646,18 +641,6 @@ static void ended(qemu_plugin_id_t id, void *unused)
 
 /* --- installation --- */
 
-__attribute__((format(printf, 1, 2))) static int refuse(const char *format, ...)
-{
-	va_list args;
-
-	fputs("stacks: ", stderr);
-	va_start(args, format);
-	vfprintf(stderr, format, args);
-	va_end(args);
-	fputc('\n', stderr);
-	return -1;
-}
-
 static bool fits(uint64_t offset, uint64_t n, uint64_t size, uint64_t bytes)
 {
 	return offset >= sizeof(*header) && !(offset % 8) && offset <= bytes &&
@@ -666,23 +649,12 @@ static bool fits(uint64_t offset, uint64_t n, uint64_t size, uint64_t bytes)
 
 static int map_counters(const char *path)
 {
-	struct stat status;
 	uint64_t bytes;
 	char *map;
-	int fd;
 
-	fd = open(path, O_RDWR | O_CLOEXEC);
-	if (fd < 0)
-		return refuse("%s: %s", path, strerror(errno));
-	if (fstat(fd, &status) || status.st_size < (off_t)sizeof(*header)) {
-		close(fd);
-		return refuse("%s: shorter than its header", path);
-	}
-	bytes = (uint64_t)status.st_size;
-	map = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-	close(fd);
-	if (map == MAP_FAILED)
-		return refuse("%s: mmap: %s", path, strerror(errno));
+	map = map_file(path, sizeof(*header), &bytes);
+	if (!map)
+		return -1;
 	header = (void *)map;
 	if (memcmp(header->magic, STACKS_MAGIC, sizeof(header->magic)) ||
 	    header->layout != STACKS_LAYOUT)
@@ -703,15 +675,15 @@ static int map_counters(const char *path)
 
 int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, char **argv)
 {
-	static const char key[] = "counters=";
+	const char *counters = argc == 1 ? value_of(argv[0], "counters") : NULL;
 	unsigned int i;
 
-	if (argc != 1 || strncmp(argv[0], key, strlen(key)))
+	if (!counters)
 		return refuse("argument: counters=PATH");
 	if (!info->system_emulation || strcmp(info->target_name, "x86_64"))
 		return refuse("only for qemu-system-x86_64, this is a QEMU for %s",
 			      info->target_name);
-	if (map_counters(argv[0] + strlen(key)))
+	if (map_counters(counters))
 		return -1;
 	if (info->system.max_vcpus < 0 || (uint32_t)info->system.max_vcpus > header->vcpus)
 		return refuse("the guest has %d vCPUs (maxcpus), there is room for %u",
