@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -229,11 +230,13 @@ def test_a_load_that_does_not_end_is_hung_and_shows_a_trace(boot: Boot) -> None:
 
 
 def qemu_of(pid: int) -> list[int]:
-    return [
-        child.pid
-        for child in psutil.Process(pid).children(recursive=True)
-        if child.name().startswith("qemu")
-    ]
+    found = []
+    for child in psutil.Process(pid).children(recursive=True):
+        # What sets up the sandbox comes and goes.
+        with suppress(psutil.NoSuchProcess):
+            if child.name().startswith("qemu"):
+                found.append(child.pid)
+    return found
 
 
 def test_close_leaves_nothing(boot: Boot) -> None:

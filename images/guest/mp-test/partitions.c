@@ -8,6 +8,7 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <sys/un.h>
 
 #include "test.h"
@@ -411,14 +412,22 @@ static void test_part_refused(void)
 }
 
 /* Parts are made and given up while connections come in on every CPU. */
+struct storm {
+	int listener;
+	atomic_bool over;
+};
+
+/* However slow the machine is just now: as many turns are enough for anything. */
+enum { MANY_TURNS = 100000 };
+
 static void *connect_all_the_time(void *argument)
 {
-	int listener = *(int *)argument;
+	struct storm *storm = argument;
 	struct sockaddr_in address;
 	socklen_t size = sizeof(address);
 
-	MUST(getsockname(listener, (struct sockaddr *)&address, &size));
-	for (int i = 0; i < 300 * scale; i++) {
+	MUST(getsockname(storm->listener, (struct sockaddr *)&address, &size));
+	for (int i = 0; i < MANY_TURNS && !atomic_load(&storm->over); i++) {
 		struct linger reset = { 1, 0 };
 		int fd = tcp_socket();
 
@@ -434,11 +443,12 @@ static void *connect_all_the_time(void *argument)
 
 static void test_part_storm(void)
 {
-	int listener = listening(), taken = 0;
-	pthread_t thread = start(connect_all_the_time, &listener);
+	struct storm storm = { .listener = listening() };
+	pthread_t thread = start(connect_all_the_time, &storm);
+	int listener = storm.listener, taken = 0;
 
 	MUST(fcntl(listener, F_SETFL, O_NONBLOCK));
-	for (int i = 0; i < 100 * scale; i++) {
+	for (int i = 0; i < 100 * scale || (!taken && i < MANY_TURNS); i++) {
 		struct mp_channel *ch = channel_with(MP_PARTITION | MP_LWSOCKET);
 		int one = part(ch, listener, 1 << (i % cpus()));
 		int two = part(ch, listener, 1 << ((i + 1) % cpus()));
@@ -460,6 +470,7 @@ static void test_part_storm(void)
 			close(fd);
 	}
 	TRUE(taken > 0);
+	atomic_store(&storm.over, true);
 	join(thread);
 	close(listener);
 }
