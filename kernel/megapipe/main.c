@@ -42,25 +42,21 @@ static int mp_unregister(struct mp_handle *h, const struct mp_request *req)
 struct mp_operation {
 	int (*run)(struct mp_handle *h, const struct mp_request *req);
 	int (*on_channel)(struct mp_channel *ch, const struct mp_request *req);
-	/* What a request of this operation must not have beside its handle: bits. */
-	u64 no_addr;
-	u32 no_len;
-	u8 no_flags;
+	/* What a request of this operation may have beside its handle. */
+	bool takes_addr;
+	bool takes_len;
+	u8 flags;
 };
-
-#define MP_NOTHING	.no_addr = U64_MAX, .no_len = U32_MAX, .no_flags = U8_MAX
-#define MP_BUFFER	.no_flags = (u8)~MP_AT_OFFSET
 
 static const struct mp_operation mp_operations[MP_NR_OPS] = {
 	[MP_OP_REGISTER]	= { .on_channel = mp_register },
-	[MP_OP_UNREGISTER]	= { mp_unregister, MP_NOTHING },
-	[MP_OP_ACCEPT]		= { mp_accept, .no_addr = U64_MAX,
-				    .no_flags = (u8)~MP_ACCEPT_LWSOCKET },
-	[MP_OP_READ]		= { mp_read, MP_BUFFER },
-	[MP_OP_WRITE]		= { mp_write, MP_BUFFER },
-	[MP_OP_WRITEV]		= { mp_write, MP_BUFFER },
-	[MP_OP_DISCONNECT]	= { mp_disconnect, MP_NOTHING },
-	[MP_OP_CONVERT]		= { mp_convert, MP_NOTHING },
+	[MP_OP_UNREGISTER]	= { mp_unregister },
+	[MP_OP_ACCEPT]		= { mp_accept, .takes_len = true, .flags = MP_ACCEPT_LWSOCKET },
+	[MP_OP_READ]		= { mp_read, NULL, true, true, MP_AT_OFFSET },
+	[MP_OP_WRITE]		= { mp_write, NULL, true, true, MP_AT_OFFSET },
+	[MP_OP_WRITEV]		= { mp_write, NULL, true, true, MP_AT_OFFSET },
+	[MP_OP_DISCONNECT]	= { mp_disconnect },
+	[MP_OP_CONVERT]		= { mp_convert },
 	[MP_OP_DROP]		= { .on_channel = mp_drop },
 };
 
@@ -75,10 +71,9 @@ static int mp_try_execute(struct mp_channel *ch, const struct mp_request *req)
 	if (operation->on_channel)
 		return operation->on_channel(ch, req);
 
-	if ((req->addr & operation->no_addr) | (req->len & operation->no_len) |
-	    (req->flags & operation->no_flags) | (u32)req->fd)
-		return -EINVAL;
-	if (req->cookie && !(req->flags & MP_AT_OFFSET))
+	if (req->fd || req->flags & ~operation->flags ||
+	    (req->cookie && !(req->flags & MP_AT_OFFSET)) ||
+	    (req->addr && !operation->takes_addr) || (req->len && !operation->takes_len))
 		return -EINVAL;
 	h = mp_handle_find(ch, req->handle);
 	if (!h)
