@@ -321,6 +321,7 @@ def table(comparison: Comparison) -> Table:
         "of epoll",
         "tax",
         "removed",
+        "clock",
         "system calls",
         "wake-ups",
         "files",

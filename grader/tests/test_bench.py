@@ -98,6 +98,11 @@ def test_the_table_shows_mean_interval_and_tax() -> None:
     assert "50.0% ± 0.0%" in text
     # Student's t for 2 degrees of freedom is 4.30; the standard error is 0.5 / sqrt(3).
     assert "2.50 ± 1.24" in text
+    (drawn,) = compare.compare(found)
+    columns = {column.header: list(column.cells) for column in bench.table(drawn).columns}
+    assert columns["clock"] == ["30", "30"]
+    assert columns["system calls"][0] == "2.50 ± 1.24"
+    assert columns["files"][0] == "0.00 ± 0.00"
 
 
 def test_an_interrupted_bench_goes_on(tmp_path: Path) -> None:
