@@ -181,7 +181,7 @@ def grade(
     from rich.console import Console
 
     from grader import grade as grading
-    from grader import interactive, report
+    from grader import interactive, report, results
     from grader import variant as variants
     from grader.lab import load_lab
     from grader.progress import Progress
@@ -190,7 +190,7 @@ def grade(
         raise UsageError("--submission and --variant exclude each other", "leave one of them out")
     chosen = load_lab(lab)
     if json:
-        report.check_writable(Path(json))
+        results.check_writable(Path(json), "--json")
     if submission:
         what = variants.submission(chosen.folder, Path(submission))
     else:
@@ -251,7 +251,7 @@ def bench(
     from dataclasses import replace
 
     from grader import bench as module
-    from grader import samples
+    from grader import results, samples
     from grader.lab import load_lab
 
     if model and not show:
@@ -282,7 +282,8 @@ def bench(
     grid = replace(grid, **{name: value for name, value in given.items() if value})
     path = Path(out or setup.ROOT / "results" / ("sharing.json" if sharing else "bench.json"))
     if not out:
-        path.parent.mkdir(exist_ok=True)
+        results.make_folder(path.parent)
+    results.check_writable(path, "--out")
     if sharing:
         from grader import sharing as moving
 

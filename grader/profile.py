@@ -9,6 +9,7 @@ what it executes itself, not with what it calls.
 from __future__ import annotations
 
 import functools
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from grader import bench, flame
+from grader import bench, flame, results
 from grader import variant as variants
 from grader.checks import Interval, interval
 from grader.errors import UsageError
@@ -277,7 +278,7 @@ def run(
             "profile needs 2 or more rounds, and numbers of transactions from 1",
             "see --help profile",
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    results.make_folder(folder)
     progress = Progress()
     with progress.phase("build"):
         built = build(lab, variants.solution(lab.folder), build_kernel(progress=progress))
@@ -291,15 +292,15 @@ def run(
         "environment": environment,
         "profiles": [profile.record() for profiles in found for profile in profiles],
     }
-    (folder / "profile.json").write_text(json.dumps(everything, indent=1) + "\n")
-    tables = [table for profiles in found for table in tables_of(profiles)]
-    with (folder / "profile.txt").open("w") as file:
-        plain = Console(file=file, width=160)
-        for table in tables:
-            plain.print(table)
+    results.write(folder / "profile.json", json.dumps(everything, indent=1) + "\n")
+    plain = Console(file=io.StringIO(), width=160)
     console = bench.wide_console()
-    for table in tables:
-        console.print(table)
+    for profiles in found:
+        for table in tables_of(profiles):
+            plain.print(table)
+            console.print(table)
+    assert isinstance(plain.file, io.StringIO)
+    results.write(folder / "profile.txt", plain.file.getvalue())
     for profiles in found:
         write_graphs(profiles, folder)
     progress.say(
@@ -325,9 +326,9 @@ def write_graphs(profiles: Sequence[Profile], folder: Path) -> None:
     first = profiles[0]
     for profile in profiles:
         name, n = profile.server, profile.per_connection
-        (folder / f"{name}-{n}.folded").write_text(folded(profile.paths))
+        results.write(folder / f"{name}-{n}.folded", folded(profile.paths))
         graph = flame.graph(f"{name}, n = {n}", profile.paths)
-        (folder / f"{name}-{n}.svg").write_text(graph)
+        results.write(folder / f"{name}-{n}.svg", graph)
         if profile is not first:
             graph = flame.difference(
                 f"{name} against {first.server}, n = {n}",
@@ -335,4 +336,4 @@ def write_graphs(profiles: Sequence[Profile], folder: Path) -> None:
                 profile.paths,
                 (first.server, name),
             )
-            (folder / f"difference-{name}-{n}.svg").write_text(graph)
+            results.write(folder / f"difference-{name}-{n}.svg", graph)

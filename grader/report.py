@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from grader import results
 from grader.checks import CheckResult
 from grader.errors import UserError
 from grader.grade import Grade
@@ -32,24 +31,12 @@ def as_json(grade: Grade) -> dict[str, Any]:
     del document["machines"]
     document["checks"] = [asdict(result) for result in grade.checks]
     document["ignored"] = list(grade.ignored)
-    # The schema speaks about JSON, where a tuple is an array.
-    document = json.loads(json.dumps(document))
-    jsonschema.validate(document, json.loads(SCHEMA.read_text()))
-    return document
-
-
-def check_writable(path: Path) -> None:
-    """Raise `UserError` if a result could not be written to `path` after minutes of work."""
-    folder = path.parent
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder} for {path.name}", f"mkdir -p {folder}")
-    if not os.access(folder, os.W_OK) or path.is_dir():
-        raise UserError(f"{path} cannot be written", "name another file with --json")
+    return results.checked(document, SCHEMA)
 
 
 def write_json(grade: Grade, path: Path) -> None:
     """Write the result file: whole or not at all."""
-    _write_whole(path, json.dumps(as_json(grade), indent=2) + "\n")
+    results.write(path, json.dumps(as_json(grade), indent=2) + "\n")
 
 
 def write_bundle(grade: Grade, again: str, parent: Path) -> Path | None:
@@ -62,42 +49,20 @@ def write_bundle(grade: Grade, again: str, parent: Path) -> Path | None:
     wrong = [r for r in grade.checks if r.verdict not in ("pass", "no-build") and not r.measured]
     if not wrong and all(end.name == "submission" for end in grade.machines):
         return None
+    results.make_folder(parent)
     try:
-        parent.mkdir(parents=True, exist_ok=True)
         name = f"{grade.lab}-{grade.variant}-{time.strftime('%Y%m%d-%H%M%S')}-"
         folder = Path(tempfile.mkdtemp(prefix=name, dir=parent))
     except OSError as error:
         raise UserError(f"{parent}: {error.strerror}", "free space, or make it writable") from error
     folder.chmod(0o755)
     write_json(grade, folder / "result.json")
-    _write_whole(folder / "again.txt", again + "\n")
+    results.write(folder / "again.txt", again + "\n")
     for number, end in enumerate(grade.machines, 1):
         counters = json.dumps(end.counters, indent=2) + "\n"
-        _write_whole(folder / f"console-{number}-{end.name}.txt", end.console)
-        _write_whole(folder / f"counters-{number}-{end.name}.json", counters)
+        results.write(folder / f"console-{number}-{end.name}.txt", end.console)
+        results.write(folder / f"counters-{number}-{end.name}.json", counters)
     return folder
-
-
-def _write_whole(path: Path, text: str) -> None:
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            partial = Path(file.name)
-            try:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-                partial.chmod(0o644)
-                partial.replace(path)
-            except BaseException:
-                partial.unlink(missing_ok=True)
-                raise
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written: {error.strerror}",
-            "free space, or name another file",
-        ) from error
 
 
 def table(grade: Grade, lab: Lab, console: Console) -> None:

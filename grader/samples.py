@@ -18,6 +18,7 @@ from typing import Any
 import jsonschema
 from filelock import FileLock, Timeout
 
+from grader import results
 from grader.cache import write_whole
 from grader.errors import UserError
 from grader.experiment import Costs, Window, slope
@@ -92,9 +93,6 @@ class Journal:
     @contextmanager
     def open(self, *, fresh: bool = False) -> Iterator[None]:
         """Read what is there, unless `fresh`; lock it for as long as the block lasts."""
-        folder = self.path.parent
-        if not folder.is_dir():
-            raise UserError(f"there is no folder {folder}", f"mkdir -p {folder}")
         lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
         try:
             lock.acquire(timeout=0)
@@ -143,10 +141,7 @@ class Journal:
 
     def finish(self, document: Mapping[str, Any]) -> None:
         """Write the result, whole, and remove the journal."""
-        try:
-            write_whole(self.result, json.dumps(document, indent=1) + "\n")
-        except OSError as error:
-            raise self._unwritable(error) from error
+        results.write(self.result, json.dumps(document, indent=1) + "\n")
         self.path.unlink()
 
     def _append(self, data: Mapping[str, Any]) -> None:
@@ -184,10 +179,7 @@ def document(
         "environment": dict(environment),
         "samples": [sample.as_json() for sample in samples],
     }
-    # The schema speaks about JSON, where a tuple is an array.
-    plain: dict[str, Any] = json.loads(json.dumps(made))
-    jsonschema.validate(plain, json.loads(SCHEMA.read_text()))
-    return plain
+    return results.checked(made, SCHEMA)
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Sample]]:

@@ -23,10 +23,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from grader import bench
+from grader import bench, results
 from grader import variant as variants
 from grader.bench import SERVERS, Grid
-from grader.cache import write_whole
 from grader.experiment import Session
 from grader.lab import Lab, LoadShape
 from grader.probe.memory import KINDS, GuestMemory, Thing
@@ -307,7 +306,7 @@ def run(lab: Lab, grid: Grid, out: Path) -> None:
             for n in found
         ],
     }
-    write_whole(out, json.dumps(document, indent=2) + "\n")
+    results.write(out, json.dumps(document, indent=2) + "\n")
     progress.say(f"{out} has the counts. {progress.summary()}")
 
 

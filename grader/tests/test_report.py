@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 from rich.console import Console
 
-from grader import checks, report
+from grader import checks, report, results
 from grader.errors import UserError
 from grader.grade import Grade, MachineEnd
 from grader.lab import load_lab
@@ -68,10 +68,10 @@ def test_a_document_that_does_not_fit_is_refused() -> None:
 
 def test_a_path_that_cannot_be_written_is_found_before_the_work(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no folder"):
-        report.check_writable(tmp_path / "missing" / "result.json")
+        results.check_writable(tmp_path / "missing" / "result.json", "--json")
     with pytest.raises(UserError, match="cannot be written"):
-        report.check_writable(tmp_path)
-    report.check_writable(tmp_path / "result.json")
+        results.check_writable(tmp_path, "--json")
+    results.check_writable(tmp_path / "result.json", "--json")
 
 
 def _text(grade: Grade) -> str:
