@@ -19,17 +19,15 @@ from __future__ import annotations
 
 import mmap
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from grader.probe.counted import EVENTS, REPORTERS, STANDARD, Counted, select
 from grader.probe.counters import STATE_ENDED, STATE_NEW, Counters, Header, Total, new_file, parse
 from grader.probe.errors import PluginUnavailable, ProbeError, UnknownSymbol
-from grader.probe.loading import arguments, plugin, private_folder
+from grader.probe.files import PluginFiles
+from grader.probe.loading import arguments, plugin
 from grader.probe.symbols import Symbols
 
 __all__ = [
@@ -85,13 +83,10 @@ class ProbeConfig:
         return cls(vcpus, select(STANDARD, symbols))
 
 
-class Probe:
-    """The counters of one QEMU process; a context manager.
+class Probe(PluginFiles):
+    """The counters of one QEMU process; a context manager, see `PluginFiles`."""
 
-    Entering it makes a private folder (below `parent`, default: memory) with the files that the
-    plugin opens. They go away as soon as the plugin has mapped them, so that nothing is left
-    behind however the run ends; for the same reason a probe serves one QEMU only.
-    """
+    plugin_name = "probe"
 
     def __init__(
         self,
@@ -100,70 +95,37 @@ class Probe:
         qemu: Path | None = None,
         parent: Path | None = None,
     ) -> None:
+        super().__init__(qemu, parent)
         self.config = config
         self._names = tuple(config.functions)
         self._addresses = {name: symbols.resolve(config.functions[name]) for name in self._names}
         if sum(map(len, self._addresses.values())) > MAX_ADDRESSES:
             raise ProbeError(f"more than {MAX_ADDRESSES} addresses", "use narrower patterns")
-        self._qemu = qemu
-        self._parent = parent
-        self._folder: Path | None = None
-        self._plugin: Path | None = None
-        self._map: mmap.mmap | None = None
 
     @property
     def addresses(self) -> Mapping[str, tuple[int, ...]]:
         """The addresses that each counter counts."""
         return self._addresses
 
-    def __enter__(self) -> Self:
-        self._plugin = plugin(qemu=self._qemu)
-        self._folder = private_folder(self._parent)
-        try:
-            counters = self._folder / "counters"
-            counters.write_bytes(new_file(self.config.vcpus, len(self._names)))
-            with (self._folder / "functions").open("w") as lines:
-                for name, addresses in self._addresses.items():
-                    lines.writelines(f"{address:x} {name}\n" for address in addresses)
-            with counters.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except BaseException:
-            self._remove_folder()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._remove_folder()
-        if self._map is not None:
-            self._map.close()
-            self._map = None
-
-    def _remove_folder(self) -> None:
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+    def _make_files(self, folder: Path) -> mmap.mmap:
+        counters = folder / "counters"
+        counters.write_bytes(new_file(self.config.vcpus, len(self._names)))
+        with (folder / "functions").open("w") as lines:
+            for name, addresses in self._addresses.items():
+                lines.writelines(f"{address:x} {name}\n" for address in addresses)
+        with counters.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def _header(self) -> Header:
-        if self._map is None:
-            raise ProbeError("the probe is not open", "use it as a context manager")
-        header = Header.read(self._map)
+        header = Header.read(self._opened())
         if header.state != STATE_NEW:
             self._remove_folder()
         return header
 
     def qemu_arguments(self) -> list[str]:
         """Return the arguments with which QEMU, under ``-accel tcg``, loads this probe."""
-        if self._folder is None or self._plugin is None:
-            raise ProbeError(
-                "the probe is not open, or its QEMU runs already", "open a probe per QEMU"
-            )
-        folder = self._folder
-        return arguments(self._plugin, counters=folder / "counters", functions=folder / "functions")
+        plugin_file, folder = self._to_load()
+        return arguments(plugin_file, counters=folder / "counters", functions=folder / "functions")
 
     @property
     def counting(self) -> bool:
@@ -182,5 +144,4 @@ class Probe:
         guest is idle. Before the guest's kernel runs in its own half, everything counts as user.
         """
         self._header()
-        assert self._map is not None
-        return parse(self._map, self._names)
+        return parse(self._opened(), self._names)

@@ -99,13 +99,11 @@ def build(api: int, output: Path, name: str = "probe") -> None:
 
 def try_loading(qemu: str, folder: Path, name: str = "probe") -> str | None:
     """Load ``folder/<name>.so`` into a QEMU without a guest; return what it says if it refuses."""
-    files = _files_to_try(name)
-    options: dict[str, Path | int] = {}
+    files, numbers = _to_try_with(name)
+    options: dict[str, Path | int] = {**numbers}
     for option, content in files.items():
         options[option] = folder / option
         (folder / option).write_bytes(content)
-    if name == "sharing":
-        options["memory_mib"] = 1
     # No machine, hence no guest: only that QEMU takes the plugin is of interest.
     command = [qemu, "-M", "none", "-accel", "tcg", "-display", "none", "-nodefaults", "-S"]
     command += ["-monitor", "stdio"]
@@ -134,13 +132,14 @@ def try_loading(qemu: str, folder: Path, name: str = "probe") -> str | None:
     return run.stderr.strip() or f"exit status {run.returncode}, and not a word"
 
 
-def _files_to_try(name: str) -> dict[str, bytes]:
-    """Return option -> content of the files with which the plugin `name` can be loaded."""
+def _to_try_with(name: str) -> tuple[dict[str, bytes], dict[str, int]]:
+    """Return with what the plugin `name` can be loaded: option -> a file's content, or a number."""
     if name == "stacks":
-        return {"counters": stack_file.new_file(1, [], late_room=1, node_slots=64)}
+        return {"counters": stack_file.new_file(1, [], late_room=1, node_slots=64)}, {}
     if name == "sharing":
-        return {"counters": sharing_file.new_file(1, 1, 1, 1), "functions": b"ffffffff81000000\n"}
-    return {"counters": counter_file.new_file(1, 1), "functions": b"ffffffff81000000 none\n"}
+        counters = sharing_file.new_file(1, 1, 1, 1)
+        return {"counters": counters, "functions": b"ffffffff81000000\n"}, {"memory_mib": 1}
+    return {"counters": counter_file.new_file(1, 1), "functions": b"ffffffff81000000 none\n"}, {}
 
 
 def _about_version(refusal: str) -> bool:

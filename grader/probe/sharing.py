@@ -26,11 +26,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self
 
 from grader.probe import sharing_file
 from grader.probe.errors import ProbeError
-from grader.probe.loading import arguments, plugin, private_folder
+from grader.probe.files import PluginFiles
+from grader.probe.loading import arguments
 from grader.probe.memory import DIRECT_MAP, MODULES, GuestMemory
 from grader.probe.sharing_file import (
     CODE_FUNCTIONS,
@@ -56,13 +56,15 @@ USER = "(user code)"
 UNKNOWN = "(unknown kernel code)"
 
 
-class SharingProbe:
+class SharingProbe(PluginFiles):
     """The transfers of one QEMU process; a context manager.
 
     `memory_mib` is the size of the guest's memory, all of which lies in a file in memory. The
     plugin removes its name as soon as the guest runs: from then on nothing but an empty folder is
-    left behind if this process is killed, and nothing at all otherwise. A probe serves one QEMU.
+    left behind if this process is killed, and nothing at all otherwise. See `PluginFiles`.
     """
+
+    plugin_name = "sharing"
 
     def __init__(
         self,
@@ -81,39 +83,29 @@ class SharingProbe:
                 f"the sharing probe cannot follow {memory_mib} MiB of memory",
                 f"use 1 to {MAX_MEMORY_MIB}: above, memory has a hole",
             )
+        super().__init__(qemu, parent)
         self.vcpus = vcpus
         self.memory_mib = memory_mib
         self._system_map = Path(symbols.source).with_name("System.map")
         self._starts, self._names = _functions(symbols)
         self._late: list[tuple[int, str]] = []
-        self._qemu = qemu
-        self._parent = parent
-        self._folder: Path | None = None
-        self._plugin: Path | None = None
-        self._map: mmap.mmap | None = None
         self._memory: mmap.mmap | None = None
 
-    def __enter__(self) -> Self:
-        self._plugin = plugin("sharing", self._qemu)
-        self._folder = private_folder(self._parent)
-        try:
-            size = self.memory_mib << 20
-            free = shutil.disk_usage(self._folder).free
-            if free < size:
-                raise ProbeError(
-                    f"the guest's {self.memory_mib} MiB do not fit into {self._folder.parent}",
-                    f"only {free >> 20} MiB are free there: free more, or give the guest less",
-                )
-            header, length = sharing_file.header(self.vcpus, len(self._starts), PLACES, SLOTS)
-            self._map = _new_map(self._folder / "counters", length)
-            self._map[: len(header)] = header
-            self._memory = _new_map(self._folder / "memory", size)
-            lines = "".join(f"{start:x}\n" for start in self._starts)
-            (self._folder / "functions").write_text(lines)
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
-        return self
+    def _make_files(self, folder: Path) -> mmap.mmap:
+        size = self.memory_mib << 20
+        free = shutil.disk_usage(folder).free
+        if free < size:
+            raise ProbeError(
+                f"the guest's {self.memory_mib} MiB do not fit into {folder.parent}",
+                f"only {free >> 20} MiB are free there: free more, or give the guest less",
+            )
+        lines = "".join(f"{start:x}\n" for start in self._starts)
+        (folder / "functions").write_text(lines)
+        self._memory = _new_map(folder / "memory", size)
+        header, length = sharing_file.header(self.vcpus, len(self._starts), PLACES, SLOTS)
+        counters = _new_map(folder / "counters", length)
+        counters[: len(header)] = header
+        return counters
 
     def __exit__(
         self,
@@ -121,21 +113,10 @@ class SharingProbe:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._remove_folder()
-        for opened in (self._map, self._memory):
-            if opened is not None:
-                opened.close()
-        self._map = self._memory = None
-
-    def _remove_folder(self) -> None:
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
-
-    def _opened(self) -> mmap.mmap:
-        if self._map is None:
-            raise ProbeError("the sharing probe is not open", "use it as a context manager")
-        return self._map
+        super().__exit__(kind, error, trace)
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
 
     def _header(self) -> Header:
         header = Header.read(self._opened())
@@ -146,20 +127,17 @@ class SharingProbe:
 
     def qemu_arguments(self) -> list[str]:
         """Return the arguments with which QEMU, under ``-accel tcg``, loads this probe."""
-        if self._plugin is None or self._folder is None or self._header().state != STATE_NEW:
-            raise ProbeError(
-                "the sharing probe is not open, or its QEMU runs already", "open a probe per QEMU"
-            )
-        path = str(self._folder / "memory").replace(",", ",,")
+        plugin_file, folder = self._to_load()
+        path = str(folder / "memory").replace(",", ",,")
         backend = f"memory-backend-file,id=sharing,size={self.memory_mib}M,mem-path={path},share=on"
         return [
             *arguments(
-                self._plugin,
-                counters=self._folder / "counters",
-                functions=self._folder / "functions",
+                plugin_file,
+                counters=folder / "counters",
+                functions=folder / "functions",
                 memory_mib=self.memory_mib,
                 direct=f"{DIRECT_MAP:x}",
-                memory=self._folder / "memory",
+                memory=folder / "memory",
             ),
             *("-object", backend, "-machine", "memory-backend=sharing"),
         ]
@@ -196,7 +174,7 @@ class SharingProbe:
     def memory(self) -> mmap.mmap:
         """The guest's memory as it is now, by physical address."""
         if self._memory is None:
-            raise ProbeError("the sharing probe is not open", "use it as a context manager")
+            raise ProbeError("the probe is not open", "use it as a context manager")
         return self._memory
 
     def guest_memory(self) -> GuestMemory:

@@ -18,19 +18,18 @@ from __future__ import annotations
 import fnmatch
 import functools
 import mmap
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import Self
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
 
 from grader.probe import stack_file
 from grader.probe.errors import ProbeError
-from grader.probe.loading import arguments, plugin, private_folder
+from grader.probe.files import PluginFiles
+from grader.probe.loading import arguments
 from grader.probe.sources import Function, Site
 from grader.probe.stack_file import LABEL_FUNCTIONS, ROOT, STATE_NEW, Header, Kind
 
@@ -134,12 +133,10 @@ class StackReading:
         return MappingProxyType(found)
 
 
-class StackProbe:
-    """The call paths of one QEMU process; a context manager.
+class StackProbe(PluginFiles):
+    """The call paths of one QEMU process; a context manager, see `PluginFiles`."""
 
-    Like `grader.probe.Probe`, it keeps its file in a private folder below `parent` (default:
-    memory) that goes away as soon as the plugin has mapped it, and serves one QEMU only.
-    """
+    plugin_name = "stacks"
 
     def __init__(
         self,
@@ -151,16 +148,12 @@ class StackProbe:
     ) -> None:
         if not 1 <= vcpus <= MAX_VCPUS:
             raise ProbeError(f"the probe cannot count for {vcpus} vCPUs", f"use 1 to {MAX_VCPUS}")
+        super().__init__(qemu, parent)
         self._vcpus = vcpus
         self._sites = [NONE, USER, UNKNOWN, LOST]
         self._labels = {site: label for label, site in enumerate(self._sites)}
         self._functions = self._rows(functions)
-        self._qemu = qemu
-        self._parent = parent
         self._node_slots = node_slots
-        self._folder: Path | None = None
-        self._plugin: Path | None = None
-        self._map: mmap.mmap | None = None
 
     def _rows(self, functions: Iterable[Function]) -> list[tuple[int, int, int]]:
         rows = []
@@ -174,67 +167,44 @@ class StackProbe:
             rows.append((function.address, label, int(kind)))
         return rows
 
-    def __enter__(self) -> Self:
-        self._plugin = plugin("stacks", self._qemu)
-        self._folder = private_folder(self._parent)
-        try:
-            counters = self._folder / "counters"
-            counters.write_bytes(
-                stack_file.new_file(self._vcpus, self._functions, LATE_ROOM, self._node_slots)
-            )
-            with counters.open("r+b") as file:
-                self._map = mmap.mmap(file.fileno(), 0)
-        except BaseException:
+    def _make_files(self, folder: Path) -> mmap.mmap:
+        counters = folder / "counters"
+        counters.write_bytes(
+            stack_file.new_file(self._vcpus, self._functions, LATE_ROOM, self._node_slots)
+        )
+        with counters.open("r+b") as file:
+            return mmap.mmap(file.fileno(), 0)
+
+    def _header(self) -> Header:
+        header = Header.read(self._opened())
+        if header.state != STATE_NEW:
             self._remove_folder()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._remove_folder()
-        if self._map is not None:
-            self._map.close()
-            self._map = None
-
-    def _remove_folder(self) -> None:
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
-
-    def _open(self) -> mmap.mmap:
-        if self._map is None:
-            raise ProbeError("the probe is not open", "use it as a context manager")
-        if Header.read(self._map).state != STATE_NEW:
-            self._remove_folder()
-        return self._map
+        return header
 
     def qemu_arguments(self) -> list[str]:
         """Return the arguments with which QEMU, under ``-accel tcg``, loads this probe."""
-        if self._folder is None or self._plugin is None:
-            raise ProbeError(
-                "the probe is not open, or its QEMU runs already", "open a probe per QEMU"
-            )
-        return arguments(self._plugin, counters=self._folder / "counters")
+        plugin_file, folder = self._to_load()
+        return arguments(plugin_file, counters=folder / "counters")
+
+    @property
+    def counting(self) -> bool:
+        """Whether a QEMU has loaded the probe; from then on `read` works."""
+        return self._header().state != STATE_NEW
 
     def set_modules(self, functions: Iterable[Function]) -> None:
         """Say which functions the loaded modules have; until then they are unknown.
 
         May be said again at any time while the guest runs, as modules come and go.
         """
-        stack_file.write_late(self._open(), self._rows(functions))
+        self._header()
+        stack_file.write_late(self._opened(), self._rows(functions))
 
     def read(self) -> StackReading:
         """Return the counts now; take a reading that matters while the guest is idle."""
-        data = self._open()
-        nodes = stack_file.nodes(data)
+        header = self._header()
+        nodes = stack_file.nodes(self._opened())
         counts = nodes["instructions"].astype(np.int64)
         counts.flags.writeable = False
         labels = dict(enumerate(self._sites))
         assert len(labels) >= LABEL_FUNCTIONS
-        return StackReading(
-            nodes["key"], counts, MappingProxyType(labels), Header.read(data).lost_frames
-        )
+        return StackReading(nodes["key"], counts, MappingProxyType(labels), header.lost_frames)

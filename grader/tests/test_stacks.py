@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from grader import probe as probe_package
-from grader.probe import ProbeError, sources, stack_file, stacks
+from grader.probe import ProbeError, files, sources, stack_file, stacks
 from grader.probe.sources import Function, Site
 from grader.probe.stacks import StackProbe, StackReading, kind_of
 from kernel.build import Kernel
@@ -90,7 +90,7 @@ def readable(reading: StackReading) -> dict[str, int]:
 def drive(
     request: pytest.FixtureRequest, harness: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., dict[str, int]]:
-    monkeypatch.setattr(stacks, "plugin", lambda *_: Path("stacks.so"))
+    monkeypatch.setattr(files, "plugin", lambda *_: Path("stacks.so"))
     probe = StackProbe(2, KERNEL, node_slots=1 << 10)
     probe.__enter__()
     request.addfinalizer(lambda: probe.__exit__(None, None, None))

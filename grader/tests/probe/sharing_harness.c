@@ -28,20 +28,8 @@ struct qemu_plugin_hwaddr {
 
 #define STORE 0x100
 
-static qemu_plugin_vcpu_tb_trans_cb_t trans;
-static qemu_plugin_udata_cb_t at_exit;
+#include "fake_qemu.h"
 
-void qemu_plugin_register_vcpu_tb_trans_cb(qemu_plugin_id_t id, qemu_plugin_vcpu_tb_trans_cb_t cb)
-{
-	(void)id;
-	trans = cb;
-}
-void qemu_plugin_register_atexit_cb(qemu_plugin_id_t id, qemu_plugin_udata_cb_t cb, void *data)
-{
-	(void)id;
-	(void)data;
-	at_exit = cb;
-}
 size_t qemu_plugin_tb_n_insns(const struct qemu_plugin_tb *tb)
 {
 	(void)tb;
@@ -51,10 +39,6 @@ struct qemu_plugin_insn *qemu_plugin_tb_get_insn(const struct qemu_plugin_tb *tb
 {
 	(void)index;
 	return (struct qemu_plugin_insn *)&tb->insn;
-}
-uint64_t qemu_plugin_insn_vaddr(const struct qemu_plugin_insn *insn)
-{
-	return insn->vaddr;
 }
 void qemu_plugin_register_vcpu_mem_cb(struct qemu_plugin_insn *insn, qemu_plugin_vcpu_mem_cb_t cb,
 				      enum qemu_plugin_cb_flags flags, enum qemu_plugin_mem_rw rw,
@@ -92,9 +76,6 @@ uint64_t qemu_plugin_hwaddr_phys_addr(const struct qemu_plugin_hwaddr *address)
 
 int main(int argc, char **argv)
 {
-	qemu_info_t info = { .target_name = "x86_64", .version = { 1, 1 },
-			     .system_emulation = true,
-			     .system = { .smp_vcpus = 2, .max_vcpus = 2 } };
 	char line[128];
 
 	if (qemu_plugin_install(1, &info, argc - 1, argv + 1))

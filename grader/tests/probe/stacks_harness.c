@@ -24,21 +24,9 @@ struct qemu_plugin_tb {
 
 enum { LOAD, STORE };
 
-static qemu_plugin_vcpu_tb_trans_cb_t trans;
-static qemu_plugin_udata_cb_t at_exit;
+#include "fake_qemu.h"
 static int api;
 
-void qemu_plugin_register_vcpu_tb_trans_cb(qemu_plugin_id_t id, qemu_plugin_vcpu_tb_trans_cb_t cb)
-{
-	(void)id;
-	trans = cb;
-}
-void qemu_plugin_register_atexit_cb(qemu_plugin_id_t id, qemu_plugin_udata_cb_t cb, void *data)
-{
-	(void)id;
-	(void)data;
-	at_exit = cb;
-}
 size_t qemu_plugin_tb_n_insns(const struct qemu_plugin_tb *tb)
 {
 	return tb->n;
@@ -46,10 +34,6 @@ size_t qemu_plugin_tb_n_insns(const struct qemu_plugin_tb *tb)
 struct qemu_plugin_insn *qemu_plugin_tb_get_insn(const struct qemu_plugin_tb *tb, size_t index)
 {
 	return (struct qemu_plugin_insn *)&tb->insns[index];
-}
-uint64_t qemu_plugin_insn_vaddr(const struct qemu_plugin_insn *insn)
-{
-	return insn->vaddr;
 }
 size_t qemu_plugin_insn_size(const struct qemu_plugin_insn *insn)
 {
@@ -116,9 +100,6 @@ static const struct {
 
 int main(int argc, char **argv)
 {
-	qemu_info_t info = { .target_name = "x86_64", .version = { 1, 1 },
-			     .system_emulation = true,
-			     .system = { .smp_vcpus = 2, .max_vcpus = 2 } };
 	/* What QEMU 7.2 calls once more, from a helper, after a block that ended with RET. */
 	struct qemu_plugin_insn stale = { 0 };
 	unsigned long long vaddr, n, address;
