@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.table import Table
 
 from grader import bench, flame, results
-from grader import variant as variants
 from grader.checks import Interval, interval
 from grader.errors import UsageError
 from grader.experiment import Session
@@ -32,8 +31,7 @@ from grader.probe.sources import Site
 from grader.probe.stacks import CallPath, StackReading
 from grader.progress import Progress
 from grader.samples import Cell
-from grader.station import Station, build
-from kernel.build import build_kernel
+from grader.station import Station, build_solution
 
 SEED = 1
 # Reading takes some milliseconds, and an idle guest still has its clocks: so often it is tried
@@ -280,8 +278,7 @@ def run(
         )
     results.make_folder(folder)
     progress = Progress()
-    with progress.phase("build"):
-        built = build(lab, variants.solution(lab.folder), build_kernel(progress=progress))
+    built = build_solution(lab, progress)
     found: list[list[Profile]] = []
     with progress.phase("profile"), Station(built, vcpus, stacks=True) as station:
         environment = station.machine.environment()

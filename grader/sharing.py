@@ -24,7 +24,6 @@ from rich.console import Console
 from rich.table import Table
 
 from grader import bench, results
-from grader import variant as variants
 from grader.bench import SERVERS, Grid
 from grader.experiment import Session
 from grader.lab import Lab, LoadShape
@@ -32,8 +31,7 @@ from grader.probe.memory import KINDS, GuestMemory, Thing
 from grader.probe.sharing_file import Transfers
 from grader.progress import Progress
 from grader.samples import BadResult, Cell
-from grader.station import Station, build, module_symbols
-from kernel.build import build_kernel
+from grader.station import Station, build_solution, module_symbols
 
 VERSION = 1
 TOP = 20
@@ -267,8 +265,7 @@ def run(lab: Lab, grid: Grid, out: Path) -> None:
     Of the grid, the first number of vCPUs and the first size are used.
     """
     progress, console = Progress(), bench.wide_console()
-    with progress.phase("build"):
-        built = build(lab, variants.solution(lab.folder), build_kernel(progress=progress))
+    built = build_solution(lab, progress)
     vcpus = grid.vcpus[0]
     found: dict[int, dict[str, list[Sharing]]] = {
         n: {server: [] for server in grid.servers} for n in grid.per_connection

@@ -14,9 +14,18 @@ from grader.machine import Machine, MachineConfig
 from grader.probe import Probe, ProbeConfig, ProbeError, Symbols, sources
 from grader.probe.sharing import SharingProbe
 from grader.probe.stacks import StackProbe
-from grader.variant import Variant
+from grader.progress import Progress
+from grader.variant import Variant, solution
 from images.build import Image, build_image, build_programs
-from kernel.build import UAPI, Kernel, Module, build_limit, build_module, module_lab_files
+from kernel.build import (
+    UAPI,
+    Kernel,
+    Module,
+    build_kernel,
+    build_limit,
+    build_module,
+    module_lab_files,
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,12 @@ def build(lab: Lab, variant: Variant, kernel: Kernel) -> Built:
     programs = build_programs(library, UAPI, kernel.source / "include/uapi")
     image = build_image(programs, [module.ko, limit.ko])
     return Built(variant, kernel, module, limit, image)
+
+
+def build_solution(lab: Lab, progress: Progress) -> Built:
+    """Compile the lab's solution, and whatever it needs, as the phase ``build``."""
+    with progress.phase("build"):
+        return build(lab, solution(lab.folder), build_kernel(progress=progress))
 
 
 def module_sections(machine: Machine, name: str) -> dict[str, int]:

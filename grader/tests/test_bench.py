@@ -10,6 +10,7 @@ from rich.console import Console
 from grader import bench, compare, samples
 from grader.errors import UsageError, UserError
 from grader.experiment import Window
+from grader.lab import load_lab
 from grader.samples import Cell, Journal, Sample
 
 CELL = Cell(4, 64, 10)
@@ -180,6 +181,22 @@ def test_servers_are_chosen_by_name() -> None:
     assert bench.choose("all") == tuple(bench.SERVERS)
     with pytest.raises(UsageError, match="tcp"):
         bench.choose("epoll,tcp")
+
+
+def test_a_bench_that_only_its_result_is_missing_of_needs_no_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The disk was full at the very end, say.
+    grid = bench.Grid(("epoll",), (10,), rounds=2)
+    monkeypatch.setattr(bench, "build_solution", lambda *_: None)
+    monkeypatch.setattr(bench, "identity", lambda *_: IDENTITY)
+    monkeypatch.setattr(bench, "Station", None)
+    journal = Journal(tmp_path / "bench.json", IDENTITY)
+    with journal.open():
+        for number in range(2):
+            journal.add(_sample("epoll", number, 900))
+    bench.run(load_lab("1-batching"), grid, tmp_path / "bench.json")
+    assert samples.read(tmp_path / "bench.json")[1] == journal.samples
 
 
 def test_windows_are_whole_lives_of_all_connections() -> None:
