@@ -183,7 +183,7 @@ def test_servers_are_chosen_by_name() -> None:
         bench.choose("epoll,tcp")
 
 
-def test_a_bench_that_only_its_result_is_missing_of_needs_no_machine(
+def test_a_bench_with_all_its_samples_needs_no_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The disk was full at the very end, say.
