@@ -101,7 +101,8 @@ struct worker {
 	const struct server_options *options;
 	int listener;
 	int connections;
-	bool full;		/* no descriptor is left: accept when one comes back */
+	bool accepting;		/* an accept is armed */
+	bool full;		/* no descriptor is left: accept when some have come back */
 	bool hurry;		/* what is being submitted leads to more: do not sleep */
 
 	int ring;		/* number of its registration */
@@ -158,7 +159,7 @@ static void arm_accept(struct worker *w)
 	sqe->fd = w->listener;
 	sqe->ioprio = IORING_ACCEPT_MULTISHOT;
 	sqe->accept_flags = SOCK_CLOEXEC;
-	w->full = false;
+	w->accepting = true;
 }
 
 static void arm_receive(struct worker *w, struct connection *c)
@@ -323,8 +324,7 @@ static void end_connection(struct worker *w, struct connection *c)
 	drop(&c->more);
 	server_connection_put(c);
 	w->connections--;
-	if (w->full)		/* executed after the close */
-		arm_accept(w);
+	w->full = false;
 }
 
 /* Do what is next for a connection. All completions so far have been seen. */
@@ -368,8 +368,7 @@ static void accepted(struct worker *w, const struct io_uring_cqe *cqe)
 	if (!(cqe->flags & IORING_CQE_F_MORE)) {
 		/* To ask again at once would only fail again. */
 		w->full = w->connections && (cqe->res == -EMFILE || cqe->res == -ENFILE);
-		if (!w->full)
-			arm_accept(w);
+		w->accepting = false;
 	}
 	if (cqe->res < 0)	/* or aborted meanwhile */
 		return;
@@ -507,6 +506,12 @@ static void serve_batch(struct worker *w)
 		w->to_advance = c->next_to_advance;
 		advance(w, c);
 	}
+	/*
+	 * Executed after this batch's closes. Before one of them, it could run out of descriptors,
+	 * and nobody would ask it for the one that comes back.
+	 */
+	if (!w->accepting && !w->full)
+		arm_accept(w);
 	publish_buffers(w);
 }
 
