@@ -166,6 +166,7 @@ def load(
         "variant": "grade the starter or the solution instead",
         "json": "write the result here as well",
         "lab": "which lab",
+        "check": "only these checks, a list of their ids",
         "seed": "of the load's payload, to repeat a run (default: another one each time)",
     }
 )
@@ -175,6 +176,7 @@ def grade(
     variant: str = "",
     json: str = "",
     lab: str = LAB,
+    check: str = "",
     seed: int = -1,
 ) -> int:
     """Grade; status 0 means graded, whatever the score."""
@@ -189,6 +191,8 @@ def grade(
     if submission and variant:
         raise UsageError("--submission and --variant exclude each other", "leave one of them out")
     chosen = load_lab(lab)
+    if check:
+        chosen = chosen.only(check.split(","))
     if json:
         results.check_writable(Path(json), "--json")
     if submission:
@@ -202,10 +206,38 @@ def grade(
     report.table(graded, chosen, Console())
     progress.say(f"time: {progress.summary()}")
     again = f"invoke grade --lab {lab} --seed {graded.environment['seed']}"
+    again += f" --check {check}" if check else ""
     again += f" --submission {submission}" if submission else f" --variant {variant or 'solution'}"
     if folder := report.write_bundle(graded, again, setup.ROOT / "results"):
         progress.say(f"why: {folder} holds consoles, counters, and the command to run it again")
     return 0 if graded.judged else NO_GRADE
+
+
+@verb(
+    help={
+        "lab": "which lab (default: all)",
+        "only": "variants whose names match this regular expression",
+        "list_": "say what there is, grade nothing",
+    }
+)
+def prove(_: Context, lab: str = "", only: str = "", list_: bool = False) -> int:
+    """Grade solution, starter and every mutant of the labs: each must lose its own checks."""
+    from rich.console import Console
+
+    from grader import prove as proving
+    from grader.lab import known_labs, load_lab
+    from grader.progress import Progress
+
+    labs = [load_lab(name) for name in ([lab] if lab else known_labs())]
+    if list_:
+        for one in labs:
+            for mutant in proving.mutants(one):
+                race = " (race)" if mutant.race else ""
+                print(f"{one.name} {mutant.name}{race}: {mutant.what}")
+        return 0
+    rows = proving.prove(labs, only, progress=Progress())
+    proving.report(rows, Console())
+    return 0 if all(row.holds for row in rows) else 1
 
 
 @verb(

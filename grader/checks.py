@@ -118,6 +118,11 @@ def reduction(
 
 def served(check: Check, transactions: int) -> CheckResult:
     """Return the result of a ``serve`` check in which every byte was right."""
+    reason = f"{transactions} transactions, every byte right"
+    if check.kills:
+        reason += f", after {check.kills} servers were killed under this load"
+    if check.debug:
+        reason += "; the debug kernel has nothing to report"
     return CheckResult(
         id=check.id,
         title=check.title,
@@ -126,7 +131,7 @@ def served(check: Check, transactions: int) -> CheckResult:
         points=check.max_points,
         max_points=check.max_points,
         evidence=check.evidence,
-        reason=f"{transactions} transactions, every byte right",
+        reason=reason,
         next_step="",
         measured={"transactions": transactions, "wrong": 0},
     )
@@ -161,7 +166,9 @@ def apply_activity(lab: Lab, results: Sequence[CheckResult]) -> list[CheckResult
     What the plain way does right is still shown as passed, with 0 points and the reason. The
     other costs give no points either: the spread of one must not give any to the starter.
     """
-    judge = next(result for result in results if result.id == lab.active_check)
+    judge = next((result for result in results if result.id == lab.active_check), None)
+    if judge is None:  # not asked for: each check stands for itself
+        return list(results)
     if judge.verdict == "infra" or judge.measured.get("share", 0.0) >= lab.active_share:
         return list(results)
     share = judge.measured.get("share")

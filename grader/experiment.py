@@ -13,24 +13,40 @@ import functools
 import shlex
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
 
 from grader.lab import LoadShape
-from grader.limits import scaled
 from grader.load import ByteError, Load, LoadError, LoadSpec, PhaseResult, Stalled, Stopped
 from grader.machine import Hung, MachineError, Panicked
+from grader.probe import REPORTERS
 from grader.station import Station
 
 PORT = 5000
 STALL_SECONDS = 4.0
 # Transactions of the short window; the long one has twice as many.
 SHORT_WINDOW = 1024
+# Connections of a round of `Session.remote`, one after the other.
+REMOTE_CONNECTIONS = 24
 # Seconds for a server to start, and to be gone after SIGKILL.
 START_SECONDS = 10.0
 KILL_SECONDS = 5.0
+# How long a server that is to be killed has served; and connections that outlast it.
+KILL_AFTER_SECONDS = 0.5
+OUTLASTING = 100_000
+# Twice, for what has changed since the last search does not count as leaked, nor what is younger
+# than 5 s; a search takes longer.
+LEAVE = (
+    "echo scan > /sys/kernel/debug/kmemleak; echo scan > /sys/kernel/debug/kmemleak; "
+    "cat /sys/kernel/debug/kmemleak; rmmod megapipe && insmod /megapipe.ko"
+)
+LEAVE_SECONDS = 30.0
+# A module from outside taints the kernel, and a stack is printed with each report.
+EXPECTED_REPORTS = ("taint", "dump_stack")
+# What a connection consists of on the server: all of it belongs where its packets arrive.
+LOCAL_WORK = ("tcp_accept", "tcp_recvmsg", "tcp_sendmsg", "tcp_close")
 
 
 @dataclass(frozen=True)
@@ -139,11 +155,12 @@ class Session:
             pause_us=shape.pause_us,
             seed=seed,
             sources=tuple(sources),
-            stall_seconds=scaled(STALL_SECONDS),
+            stall_seconds=machine.scaled(STALL_SECONDS),
         )
         pipe = subprocess.PIPE
         spawn = functools.partial(machine.host, stdin=pipe, stdout=pipe, stderr=pipe)
         self._load = Load(spec, spawn, machine.watch)
+        self._unit = max(1, shape.transactions_per_connection)
         self._ended = False
 
     def __enter__(self) -> Self:
@@ -203,6 +220,37 @@ class Session:
             before = after
         return windows
 
+    def remote(self, transactions: int) -> float:
+        """Return the work per transaction that is done on another vCPU than its packets arrive on.
+
+        For a load of one connection at a time, and counted for one at a time: the vCPU on which
+        most of its packets arrived is its home. Of `LOCAL_WORK`, 0 when all of it is done there,
+        1 when none is.
+        """
+        away = 0
+        before = self._station.probe.read()
+        for _ in range(transactions):
+            self.run(1)
+            after = self._station.probe.read()
+            moved = (after - before).functions
+            home = int(moved["tcp_rcv"].argmax())
+            away += sum(int(moved[name].sum() - moved[name][home]) for name in LOCAL_WORK)
+            before = after
+        return away / len(LOCAL_WORK) / transactions
+
+    def kill_under_load(self) -> None:
+        """Kill the server while its clients work, whose errors are none; it must go."""
+        name = shlex.quote(self._program[:15])
+        later = f"(sleep {KILL_AFTER_SECONDS}; killall -9 {name}) </dev/null >/dev/null 2>&1 &"
+        with self._judged():
+            self._station.machine.run(later)
+            with suppress(Stalled, Stopped):
+                self._load.go(OUTLASTING * self._unit)
+            self._load.close()
+            if not self._kill():
+                raise ExperimentFailed(Failure("hang", f"{self._program} cannot be killed"))
+        self._ended = True
+
     @contextmanager
     def _judged(self) -> Iterator[None]:
         """Turn what went wrong into a verdict, and leave nothing running."""
@@ -259,6 +307,38 @@ class Session:
         )
 
 
+@contextmanager
+def nothing_to_report(station: Station) -> Iterator[None]:
+    """Let a station with the debug kernel do something; it must leave no report and no leak.
+
+    What counts is what the probe has seen the kernel call to report a bug. At the end the module
+    is unloaded, at which its caches must be empty, and loaded again; and memory is searched for
+    what nobody points to any more. Raises `ExperimentFailed`, with what the kernel printed.
+    """
+    machine = station.machine
+    before = station.probe.read()
+    reports = len(machine.console.transcript.reports())
+    yield
+    try:
+        leaving = machine.run(LEAVE, timeout=LEAVE_SECONDS)
+    except MachineError as error:
+        raise ExperimentFailed(machine_failure(error)) from None
+    moved = (station.probe.read() - before).total.functions
+    found = [
+        f"{counted.meaning} ({moved[counted.name]})"
+        for counted in REPORTERS
+        if counted.name not in EXPECTED_REPORTS and moved.get(counted.name)
+    ]
+    trace = "\n".join(report.trace for report in machine.console.transcript.reports()[reports:])
+    if found:
+        reason = f"the debug kernel reports: {', '.join(found)}"
+        raise ExperimentFailed(Failure("fail", reason, trace or leaving.text[-2000:]))
+    if leaving.status:
+        raise ExperimentFailed(
+            Failure("fail", f"the module cannot be unloaded: {leaving.text.strip()[-300:]}")
+        )
+
+
 def _describe_errors(phase: PhaseResult) -> str:
     kinds = ", ".join(f"{count} {kind}" for kind, count in phase.errors.items() if count)
     text = f"of {phase.asked} transactions {phase.transactions} were completed; errors: {kinds}"
@@ -301,6 +381,18 @@ class Comparison:
         self._shape = shape
         self._seed = seed
         self._compared = Compared({name: [] for name in stations}, {})
+
+    def measure_remote(self, rounds: int) -> Compared:
+        """Add so many rounds of `Session.remote`, and return all."""
+        for _ in range(rounds):
+            for name, station in self._stations.items():
+                if name in self._compared.failures:
+                    continue
+                session = Session(station, self._server, self._shape, self._seed)
+                with self._recording(name), session:
+                    remote = session.remote(REMOTE_CONNECTIONS)
+                    self._compared.costs[name].append(Costs(0, 0, 0, {"remote": remote}))
+        return self._compared
 
     def measure(self, rounds: int) -> Compared:
         """Add so many rounds and return all. A station that fails is left out from then on."""

@@ -12,6 +12,7 @@ import secrets
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from grader.experiment import (
     Failure,
     Session,
     machine_failure,
+    nothing_to_report,
 )
 from grader.lab import Check, Lab
 from grader.machine import MachineError
@@ -39,10 +41,16 @@ from kernel.build import Kernel, ModuleError, build_kernel
 ROUNDS = 3
 MAX_ROUNDS = 9
 TRACE_CHARACTERS = 3000
+# KASAN finds what the allocator's own checks find, which take a fifth of the boot's time.
+DEBUG_KERNEL_ARGS = ("slab_debug=-",)
 
 
 class NoGrade(UserError):
     """The machine, not the submission, is why there is no grade."""
+
+
+Doubt = Callable[[Callable[[Station], None]], str]
+"""Ask the reference to do the same; see `References.doubt`."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,7 @@ class Candidate:
         self._stack = stack
         self._progress = progress
         self._boots = 0
+        self._cancelled = False
         self._started: Station | None = None
         self._station: Station | None = None
         self.lost: Failure | None = None
@@ -114,8 +123,14 @@ class Candidate:
 
     def start(self) -> None:
         """Begin a boot without waiting for it. Raises `NoGrade` if this machine cannot."""
+        if self._cancelled:
+            raise NoGrade("the run was ended", "start it again")
         self._boots += 1
-        self._started = _start(Station(self._built, self._vcpus, "submission"), self._stack)
+        self._started = _start(_station(self._built, self._vcpus, "submission"), self._stack)
+
+    def cancel(self) -> None:
+        """Let no machine start from here on; any thread may say so."""
+        self._cancelled = True
 
     def station(self) -> Station | None:
         """Return a running station, or None when the variant has lost all its machines."""
@@ -167,7 +182,7 @@ class References:
             self._begin(name)
 
     def _begin(self, name: str) -> None:
-        station = Station(self._built[name], self._vcpus, name)
+        station = _station(self._built[name], self._vcpus, name)
         self._booting[name] = _start(station, self._stack)
 
     def stations(self) -> Mapping[str, Station]:
@@ -202,11 +217,70 @@ class References:
                     self.replace("solution")
         return reason
 
+    def close(self) -> None:
+        """End the machines."""
+        for station in (*self._stations.values(), *self._booting.values()):
+            station.close()
+        self._stations, self._booting = {}, {}
+
+
+class DebugDoubts:
+    """`References.doubt` on the debug kernel, whose solution is built and booted when asked for."""
+
+    def __init__(self, lab: Lab, kernel: Kernel, vcpus: int, stack: ExitStack) -> None:
+        self._lab = lab
+        self._kernel = kernel
+        self._vcpus = vcpus
+        self._stack = stack
+        self._references: References | None = None
+
+    def __call__(self, run: Callable[[Station], None]) -> str:
+        """Return why the solution cannot do `run` either, on this machine just now; or nothing."""
+        if self._references is None:
+            built = build(self._lab, variants.solution(self._lab.folder), self._kernel)
+            quiet = Progress(quiet=True)
+            self._references = References({"solution": built}, self._vcpus, self._stack, quiet)
+        return self._references.doubt(run)
+
+
+class _OnDebugKernel:
+    """The checks on the debug kernel, in a thread of their own from the first moment on."""
+
+    def __init__(self, lab: Lab, built: Built, vcpus: int, seed: int, stack: ExitStack) -> None:
+        self._checks = [check for check in lab.checks if check.debug]
+        self._seed = seed
+        self._candidate = Candidate(built, vcpus, stack, Progress(quiet=True))
+        self._doubt = DebugDoubts(lab, built.kernel, vcpus, stack)
+        # From the last to the first: no new machine, the machines, the thread.
+        thread = stack.enter_context(ThreadPoolExecutor(1))
+        self._candidate.start()
+        self._future = thread.submit(self._run)
+        stack.callback(self._candidate.cancel)
+
+    def _run(self) -> list[CheckResult]:
+        found = [_serve(check, self._candidate, self._doubt, self._seed) for check in self._checks]
+        self._candidate.close()
+        return found
+
+    def results(self) -> list[CheckResult]:
+        """Wait for the results; raises what went wrong."""
+        return self._future.result()
+
+    @property
+    def ends(self) -> list[MachineEnd]:
+        """What the machines left."""
+        return self._candidate.ends
+
 
 def _end_of(station: Station) -> MachineEnd:
     total = station.probe.read().total
     counters = {"user": total.user, "kernel": total.kernel, "clock": total.clock, **total.functions}
     return MachineEnd(station.name, station.machine.console.transcript.text, counters)
+
+
+def _station(built: Built, vcpus: int, name: str) -> Station:
+    arguments = DEBUG_KERNEL_ARGS if built.kernel.debug else ()
+    return Station(built, vcpus, name, kernel_args=arguments)
 
 
 def _start(station: Station, stack: ExitStack) -> Station:
@@ -238,6 +312,7 @@ def grade(
     load_before = os.getloadavg()[0]
     with progress.phase("kernel"):
         kernel = build_kernel(progress=progress)
+        debug_kernel = build_kernel(True, progress) if lab.needs_debug_kernel else None
     with progress.phase("references"):
         references = {
             "starter": build(lab, variants.starter(lab.folder), kernel),
@@ -246,16 +321,18 @@ def grade(
     results: list[CheckResult]
     machine: Mapping[str, object] = {}
     ends: list[MachineEnd] = []
-    with progress.phase("submission"):
-        built = _build_submission(lab, variant, kernel)
-    if isinstance(built, str):
-        reason = f"does not compile: {_first_error(built)}"
+    try:
+        with progress.phase("submission"):
+            built = build(lab, variant, kernel)
+            debug = build(lab, variant, debug_kernel) if debug_kernel else None
+    except (ModuleError, CompileError) as error:
+        reason = f"does not compile: {_first_error(error.text)}"
         results = [
-            judge.failed(check, "no-build", reason, next_step=built.strip()[:4000])
+            judge.failed(check, "no-build", reason, next_step=error.text.strip()[:4000])
             for check in lab.checks
         ]
     else:
-        results, machine, ends = _measure(lab, built, references, vcpus, seed, progress)
+        results, machine, ends = _measure(lab, built, debug, references, vcpus, seed, progress)
     results = judge.apply_activity(lab, results)
     return Grade(
         lab=lab.name,
@@ -296,13 +373,6 @@ def commit() -> str:
     return done.stdout.strip()
 
 
-def _build_submission(lab: Lab, variant: Variant, kernel: Kernel) -> Built | str:
-    try:
-        return build(lab, variant, kernel)
-    except (ModuleError, CompileError) as error:
-        return error.text
-
-
 def _first_error(text: str) -> str:
     lines = [line.strip() for line in text.splitlines()]
     # The compiler's, or else modpost's (an undefined symbol), or whatever comes first.
@@ -316,6 +386,7 @@ def _first_error(text: str) -> str:
 def _measure(
     lab: Lab,
     built: Built,
+    debug: Built | None,
     references: Mapping[str, Built],
     vcpus: int,
     seed: int,
@@ -327,15 +398,17 @@ def _measure(
         # All at once: the references come up while the submission is already being tried.
         candidate = Candidate(built, vcpus, stack, progress)
         candidate.start()
+        # The debug kernel takes as long as all the rest, so it runs beside it.
+        beside = _OnDebugKernel(lab, debug, vcpus, seed, stack) if debug else None
         compared_with = References(references, vcpus, stack, progress)
         candidate.station()
 
-        serve = [check for check in lab.checks if check.kind == "serve"]
         with progress.phase("correctness"):
-            for check in serve:
-                progress.update(check.title)
-                results[check.id] = _serve(check, candidate, compared_with, seed)
-                _say(progress, results[check.id])
+            for check in lab.checks:
+                if check.kind == "serve" and not check.debug:
+                    progress.update(check.title)
+                    results[check.id] = _serve(check, candidate, compared_with.doubt, seed)
+                    _say(progress, results[check.id])
         compared_with.stations()
         with progress.phase("performance"):
             for check in lab.checks:
@@ -347,7 +420,14 @@ def _measure(
                         _say(progress, result)
         description = compared_with.stations()["solution"].machine.environment()
         candidate.close()
-    ends = [*candidate.ends, *compared_with.ends]
+        ends = [*candidate.ends, *compared_with.ends]
+        compared_with.close()
+        if beside:
+            with progress.phase("debug kernel"):
+                for result in beside.results():
+                    results[result.id] = result
+                    _say(progress, result)
+            ends += beside.ends
     return [results[check.id] for check in lab.checks], description, ends
 
 
@@ -381,19 +461,25 @@ def _attempt(candidate: Candidate, what: Callable[[Station], None]) -> Attempt:
             return Attempt(None, lost)
 
 
-def _serve(check: Check, candidate: Candidate, references: References, seed: int) -> CheckResult:
+def _serve(check: Check, candidate: Candidate, doubt: Doubt, seed: int) -> CheckResult:
     def run(station: Station) -> None:
-        with Session(station, check.server, check.load, seed) as session:
-            session.run(check.transactions)
+        with ExitStack() as stack:
+            if check.debug:
+                stack.enter_context(nothing_to_report(station))
+            for _ in range(check.kills):
+                with Session(station, check.server, check.load, seed) as session:
+                    session.kill_under_load()
+            with Session(station, check.server, check.load, seed) as session:
+                session.run(check.transactions)
 
     attempt = _attempt(candidate, run)
     failure = attempt.failure
     if failure is None:
         result = judge.served(check, check.transactions)
         return replace(result, reason=result.reason + attempt.note())
-    if attempt.ran and (doubt := references.doubt(run)):
+    if attempt.ran and (reason := doubt(run)):
         return judge.failed(
-            check, "infra", f"{failure.reason}; but the solution fails here, too: {doubt}"
+            check, "infra", f"{failure.reason}; but the solution fails here, too: {reason}"
         )
     return _judged(check, failure)
 
@@ -448,7 +534,8 @@ def _measure_enough(
     comparison: Comparison, check: Check, same_run: list[Check], progress: Progress
 ) -> Compared:
     """Measure in rounds until no step lies within the spread, or often enough."""
-    compared = comparison.measure(ROUNDS)
+    measure = comparison.measure_remote if check.metric == "remote" else comparison.measure
+    compared = measure(ROUNDS)
     for _ in range(ROUNDS, MAX_ROUNDS, ROUNDS):
         if compared.failures:
             break
@@ -456,5 +543,5 @@ def _measure_enough(
         if not any(judge.straddles(c, shares[c.id]) for c in same_run):
             break
         progress.update(f"{check.title}: measuring again, a step is within the spread")
-        compared = comparison.measure(ROUNDS)
+        compared = measure(ROUNDS)
     return compared

@@ -9,15 +9,26 @@ from __future__ import annotations
 
 import itertools
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from grader.errors import UserError
 
 LABS = Path(__file__).parent.parent / "labs"
-METRICS = ("syscalls", "instructions", "wakeups")
+METRICS = (
+    "syscalls",
+    "instructions",
+    "wakeups",
+    "fd_alloc",
+    "file_alloc",
+    "inode_alloc",
+    "dentry_alloc",
+    "remote",
+)
+"""What a ``reduction`` check may count per transaction: instructions, the entries of functions by
+their names in `grader.probe.counted`, or ``remote``: see `grader.experiment.Session.remote`."""
 
 
 class LabError(UserError):
@@ -62,6 +73,10 @@ class Check:
     """Of a ``serve`` check."""
     transactions: int = 0
     """How many a ``serve`` check asks for."""
+    kills: int = 0
+    """How often the server of a ``serve`` check is killed under its load before."""
+    debug: bool = False
+    """A ``serve`` check on the debug kernel: it must have nothing to report, and no leak."""
     metric: str = ""
     """Of a ``reduction`` check: one of `METRICS`, per transaction."""
     same_run: str = ""
@@ -76,7 +91,9 @@ class Check:
     @property
     def evidence(self) -> str:
         """What the points rest on; see the README."""
-        return "wire" if self.kind == "serve" else "probe, confirmed by wire"
+        if self.kind == "serve":
+            return "wire, and the debug kernel's reports by probe" if self.debug else "wire"
+        return "probe, confirmed by wire"
 
 
 @dataclass(frozen=True)
@@ -97,6 +114,31 @@ class Lab:
     def max_score(self) -> float:
         """The sum of all checks' points."""
         return sum(check.max_points for check in self.checks)
+
+    @property
+    def needs_debug_kernel(self) -> bool:
+        """Whether a check runs on the debug kernel."""
+        return any(check.debug for check in self.checks)
+
+    def only(self, ids: Collection[str]) -> Lab:
+        """Return the lab with these checks alone; raises `UserError` for one that is not there.
+
+        A check that is judged from another one's measurement brings that one with it.
+        """
+        known = {check.id: check for check in self.checks}
+        if unknown := [id for id in ids if id not in known]:
+            raise UserError(
+                f"{self.name} has no check {', '.join(unknown)}",
+                f"choose from: {', '.join(known)}",
+            )
+        wanted = {known[id].same_run for id in ids} | set(ids)
+        checks = tuple(check for check in self.checks if check.id in wanted)
+        rubrics = {
+            id: title
+            for id, title in self.rubrics.items()
+            if any(check.rubric == id for check in checks)
+        }
+        return replace(self, checks=checks, rubrics=rubrics)
 
 
 def known_labs() -> list[str]:
@@ -156,8 +198,8 @@ def _check(lab: str, entry: Mapping[str, Any], server: str, earlier: Mapping[str
     values = dict(entry)
     where = f"check {values['id']}"
     if source := values.get("same_run"):
-        if source not in earlier:
-            raise LabError(lab, f"{where}: same_run names no earlier check")
+        if source not in earlier or earlier[source].metric == "remote":
+            raise LabError(lab, f"{where}: same_run names no earlier check of whole transactions")
         load, server = earlier[source].load, earlier[source].server
     else:
         load = LoadShape(**values.pop("load"))
@@ -166,19 +208,36 @@ def _check(lab: str, entry: Mapping[str, Any], server: str, earlier: Mapping[str
     if unknown := set(values) - {field.name for field in fields(Check)}:
         raise LabError(lab, f"{where}: unknown keys {', '.join(sorted(unknown))}")
     check = Check(**values, load=load, steps=steps)
-    if check.kind == "serve":
-        if check.points <= 0 or check.transactions <= 0 or steps or check.metric:
-            raise LabError(lab, f"{where}: a serve check has points and transactions, no steps")
-    elif check.kind == "reduction":
-        if check.metric not in METRICS:
-            raise LabError(lab, f"{where}: metric is none of {', '.join(METRICS)}")
-        if not steps or check.points:
-            raise LabError(lab, f"{where}: a reduction check has steps, and no other points")
-        increasing = all(
-            a.share < b.share and a.points < b.points for a, b in itertools.pairwise(steps)
-        )
-        if not increasing or not 0 < steps[0].share <= steps[-1].share < 1:
-            raise LabError(lab, f"{where}: steps must increase, between 0 and 1")
-    else:
-        raise LabError(lab, f"{where}: kind is neither serve nor reduction")
+    if problem := _problem(check):
+        raise LabError(lab, f"{where}: {problem}")
     return check
+
+
+def _problem(check: Check) -> str:
+    """Return what a check says that cannot be, or nothing."""
+    if check.kind == "serve":
+        if check.points <= 0 or check.transactions <= 0 or check.steps or check.metric:
+            return "a serve check has points and transactions, no steps"
+        return ""
+    if check.kind == "reduction":
+        return _problem_of_reduction(check)
+    return "kind is neither serve nor reduction"
+
+
+def _problem_of_reduction(check: Check) -> str:
+    steps = check.steps
+    increasing = all(
+        a.share < b.share and a.points < b.points for a, b in itertools.pairwise(steps)
+    )
+    problems = {
+        f"metric is none of {', '.join(METRICS)}": check.metric not in METRICS,
+        "remote is measured with one connection at a time": check.metric == "remote"
+        and check.load.connections != 1,
+        "a reduction check has steps; no other points, debug or kills": not steps
+        or check.points
+        or check.debug
+        or check.kills,
+        "steps must increase, between 0 and 1": steps
+        and not (increasing and 0 < steps[0].share <= steps[-1].share < 1),
+    }
+    return next((problem for problem, there in problems.items() if there), "")

@@ -155,6 +155,8 @@ class MachineConfig:
     """How fast the disk is at most, for reads and writes each; 0: as fast as it can be."""
     symbols: tuple[Path, ...] = ()
     """ELF files with debug information, to explain a trace with."""
+    slowness: float = 1.0
+    """How many times slower than the lab's kernel this one is: time limits grow by it."""
 
     @property
     def queue_pairs(self) -> int:
@@ -249,6 +251,10 @@ class Machine:
         with _uninterrupted():
             self._stack.close()
 
+    def scaled(self, seconds: float) -> float:
+        """Return a time limit, given for the lab's kernel on the reference machine."""
+        return limits.scaled(seconds) * self.config.slowness
+
     def _start(self) -> None:
         self._load = os.getloadavg()
         self._started_at = time.time()
@@ -274,9 +280,9 @@ class Machine:
     def _wait(self) -> None:
         """Wait until the agent has answered and the interrupts are where they belong."""
         try:
-            hello = self._next(time.monotonic() + limits.scaled(_BOOT_LIMIT))
+            hello = self._next(time.monotonic() + self.scaled(_BOOT_LIMIT))
             if hello is None:
-                raise self._hung(f"no answer within {limits.scaled(_BOOT_LIMIT):.0f} s")
+                raise self._hung(f"no answer within {self.scaled(_BOOT_LIMIT):.0f} s")
             if hello.type is not agent.Type.HELLO:
                 raise self._lost(f"the agent's first frame is {hello.type.name}")
         except (Lost, Hung) as error:
@@ -344,7 +350,7 @@ class Machine:
 
     def _kernel_command_line(self) -> str:
         config = self.config
-        factor = limits.factor()
+        factor = self.scaled(1.0)
         words = [
             "console=ttyS0",
             # Warnings and worse; the rest is in dmesg. The serial line is slow, and a flood of
@@ -419,18 +425,18 @@ class Machine:
         number = next(self._numbers) & 0xFFFF
         self._send(agent.pack_run(number, command, uid or 0, cap))
         output = bytearray()
-        limit = time.monotonic() + limits.scaled(timeout)
+        limit = time.monotonic() + self.scaled(timeout)
         done = self._finish(number, output, limit)
         if done is None:
             self._send(agent.pack(agent.Type.KILL, number))
-            limit = time.monotonic() + limits.scaled(_GRACE)
+            limit = time.monotonic() + self.scaled(_GRACE)
             done = self._finish(number, output, limit)
             if done is None:
                 raise self._hung(f"the command {_short(command)} does not end")
             if done.killed:
                 raise TimedOut(
                     f"the command {_short(command)} took longer than "
-                    f"{limits.scaled(timeout):.0f} s and was ended",
+                    f"{self.scaled(timeout):.0f} s and was ended",
                     "if it only needs more time on this machine, raise "
                     f"{limits.ENVIRONMENT_VARIABLE} (now {limits.factor():.1f})",
                     self.console.tail(),
@@ -477,13 +483,13 @@ class Machine:
         Its output must not go to a pipe that nobody reads. Raises what `watch` raises, and `Hung`
         after `timeout` seconds of the reference machine; the process is ended in all these cases.
         """
-        limit = time.monotonic() + limits.scaled(timeout)
+        limit = time.monotonic() + self.scaled(timeout)
         try:
             while process.poll() is None:
                 self.watch()
                 if time.monotonic() >= limit:
                     raise self._hung(
-                        f"{_name(process)} had not ended after {limits.scaled(timeout):.0f} s"
+                        f"{_name(process)} had not ended after {self.scaled(timeout):.0f} s"
                     )
                 # Wakes up early when the console has something.
                 select.select([self.console], [], [], 0.05)
@@ -518,7 +524,7 @@ class Machine:
     # ---- the agent's line ----------------------------------------------------------------------
 
     def _send(self, data: bytes) -> None:
-        limit = time.monotonic() + limits.scaled(_GRACE)
+        limit = time.monotonic() + self.scaled(_GRACE)
         view = memoryview(data)
         while view:
             self.watch()
@@ -569,7 +575,7 @@ class Machine:
 
     def _gone(self, problem: str) -> MachineError:
         """Return the error for a line that broke: a panic, if the console shows one."""
-        self._drain(limits.scaled(_GRACE))
+        self._drain(self.scaled(_GRACE))
         if self.console.panicked:
             return self._panicked()
         return self._lost(f"{problem} (the emulator {self.console.exit_status})")
@@ -583,7 +589,7 @@ class Machine:
 
     def _panicked(self) -> MachineError:
         # The report comes in pieces, and the emulator ends (panic=-1) when it is complete.
-        self._drain(limits.scaled(_DUMP_LIMIT))
+        self._drain(self.scaled(_DUMP_LIMIT))
         reports = self.console.transcript.reports()
         cause = _cause(reports)
         faults = [report for report in reports if report.kind is not Kind.PANIC]
@@ -606,7 +612,7 @@ class Machine:
         self._drain(1.0)
         blocked = self.console.transcript.text[begin:]
         self._inject_nmi()
-        self._drain(limits.scaled(_DUMP_LIMIT))
+        self._drain(self.scaled(_DUMP_LIMIT))
         reports = self.console.transcript.reports()[before:]
         trace = "\n\n".join(essence(text) for text in [blocked, *(r.trace for r in reports)])
         return Hung(
@@ -619,7 +625,7 @@ class Machine:
 
     def _inject_nmi(self) -> None:
         commands = ({"execute": "qmp_capabilities"}, {"execute": "inject-nmi"})
-        self._monitor.settimeout(limits.scaled(_GRACE))
+        self._monitor.settimeout(self.scaled(_GRACE))
         # An emulator that is gone or stuck does not take them, and the error is about that anyway.
         with suppress(OSError):
             for command in commands:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from grader.lab import LABS, Lab
+from grader.lab import LABS, Lab, known_labs, load_lab
 from grader.machine import Machine, MachineConfig
 from grader.probe import Probe, ProbeConfig, ProbeError, Symbols, sources
 from grader.probe.sharing import SharingProbe
@@ -26,6 +26,11 @@ from kernel.build import (
     build_module,
     module_lab_files,
 )
+
+MEMORY_MIB = 512
+# The debug kernel keeps shadow memory, and everything takes several times as long.
+DEBUG_MEMORY_MIB = 768
+DEBUG_SLOWNESS = 5.0
 
 
 @dataclass(frozen=True)
@@ -50,10 +55,21 @@ def kernel_files(lab: Lab, variant: Variant) -> Mapping[str, Path]:
     return files
 
 
+def library_files(lab: Lab, variant: Variant) -> list[Path]:
+    """Return the labs' files that go into libmegapipe: this lab's, and the others' as given."""
+    files = []
+    for name in known_labs():
+        other = load_lab(name)
+        for file in other.files:
+            if file not in other.kernel_files:
+                files.append(variant.files[file] if name == lab.name else other.folder / file)
+    return files
+
+
 def build(lab: Lab, variant: Variant, kernel: Kernel) -> Built:
     """Compile a variant; a student's mistake is a `ModuleError` or a `CompileError`."""
     module = build_module(kernel, kernel_files(lab, variant))
-    library = [variant.files[name] for name in lab.files if name not in lab.kernel_files]
+    library = library_files(lab, variant)
     limit = build_limit(kernel)
     programs = build_programs(library, UAPI, kernel.source / "include/uapi")
     image = build_image(programs, [module.ko, limit.ko])
@@ -87,7 +103,7 @@ class Station:
     `start` begins the boot without waiting for it, so that several boot at a time. Without the
     probe (not `counted`) everything is faster, and has no cost. With `stacks`, the stack probe
     follows every call besides, with `sharing`, the sharing probe every access to memory, and
-    everything is slower.
+    everything is slower. On the debug kernel, only its reports are counted.
     """
 
     def __init__(
@@ -95,7 +111,7 @@ class Station:
         built: Built,
         vcpus: int = 4,
         name: str = "",
-        memory_mib: int = 512,
+        memory_mib: int = 0,
         counted: bool = True,
         disk: Path | None = None,
         disk_bytes_per_second: int = 0,
@@ -105,10 +121,13 @@ class Station:
     ) -> None:
         self.built = built
         self.name = name or built.variant.name
+        debug = built.kernel.debug
+        memory_mib = memory_mib or (DEBUG_MEMORY_MIB if debug else MEMORY_MIB)
         self._probe: Probe | None = None
         if counted:
             symbols = Symbols.of_kernel(built.kernel.vmlinux)
-            self._probe = Probe(ProbeConfig.standard(vcpus, symbols), symbols)
+            config = ProbeConfig.of_reports if debug else ProbeConfig.standard
+            self._probe = Probe(config(vcpus, symbols), symbols)
         self._stacks: StackProbe | None = None
         if stacks:
             self._stacks = StackProbe(vcpus, sources.of_kernel(built.kernel))
@@ -125,6 +144,7 @@ class Station:
             disk_bytes_per_second=disk_bytes_per_second,
             kernel_args=tuple(kernel_args),
             symbols=(built.kernel.vmlinux, built.module.ko),
+            slowness=DEBUG_SLOWNESS if debug else 1.0,
         )
         self._machine: Machine | None = None
         self._stack = ExitStack()

@@ -61,6 +61,8 @@ class ProbeConfig:
 
     vcpus: int
     functions: Mapping[str, Sequence[str]]
+    instructions: bool = True
+    """False: functions only, at next to no cost in time."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.vcpus <= MAX_VCPUS:
@@ -81,6 +83,11 @@ class ProbeConfig:
     def standard(cls, vcpus: int, symbols: Symbols) -> ProbeConfig:
         """Count the `STANDARD` set, as far as this kernel has it."""
         return cls(vcpus, select(STANDARD, symbols))
+
+    @classmethod
+    def of_reports(cls, vcpus: int, symbols: Symbols) -> ProbeConfig:
+        """Count what a kernel calls to report a bug, `REPORTERS`, and nothing else."""
+        return cls(vcpus, select(REPORTERS, symbols), instructions=False)
 
 
 class Probe(PluginFiles):
@@ -125,7 +132,10 @@ class Probe(PluginFiles):
     def qemu_arguments(self) -> list[str]:
         """Return the arguments with which QEMU, under ``-accel tcg``, loads this probe."""
         plugin_file, folder = self._to_load()
-        return arguments(plugin_file, counters=folder / "counters", functions=folder / "functions")
+        options = {} if self.config.instructions else {"instructions": "off"}
+        return arguments(
+            plugin_file, counters=folder / "counters", functions=folder / "functions", **options
+        )
 
     @property
     def counting(self) -> bool:

@@ -17,6 +17,7 @@
  *   counters=PATH    the shared file; its header (struct probe_header) is already filled in
  *   functions=PATH   a text file of lines "hex-address name"; a name's first line gives it the
  *                    next counter, further lines with that name count into the same one
+ *   instructions=off count functions only: next to nothing is added to the guest's time
  *
  * What counts as an instruction is QEMU's business. A block is counted whole when it is entered:
  * one that faults half-way is counted again from the faulting instruction on. QEMU 7.2 re-enters
@@ -89,6 +90,7 @@ struct address {
 QEMU_PLUGIN_EXPORT int qemu_plugin_version = PROBE_API_VERSION;
 
 static struct probe_header *header;
+static bool count_instructions = true;
 static struct probe_block *blocks[MAX_VCPUS];
 
 /* Sorted by address; not written after installation, so translating threads share it freely. */
@@ -168,8 +170,10 @@ static void translated(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
 	if (!n)
 		return;
 	start = qemu_plugin_insn_vaddr(qemu_plugin_tb_get_insn(tb, 0));
-	qemu_plugin_register_vcpu_tb_exec_cb(tb, in_kernel(start) ? count_kernel : count_user,
-					     QEMU_PLUGIN_CB_NO_REGS, (void *)(uintptr_t)n);
+	if (count_instructions)
+		qemu_plugin_register_vcpu_tb_exec_cb(tb,
+						     in_kernel(start) ? count_kernel : count_user,
+						     QEMU_PLUGIN_CB_NO_REGS, (void *)(uintptr_t)n);
 
 	/* The instructions of a block follow one another in memory. */
 	next = first_address(start);
@@ -300,11 +304,13 @@ int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, 
 			counters = value_of(argv[i], "counters");
 		else if (value_of(argv[i], "functions"))
 			functions = value_of(argv[i], "functions");
+		else if (!strcmp(argv[i], "instructions=off"))
+			count_instructions = false;
 		else
 			return refuse("unknown argument %s", argv[i]);
 	}
 	if (!counters || !functions)
-		return refuse("arguments: counters=PATH,functions=PATH");
+		return refuse("arguments: counters=PATH,functions=PATH[,instructions=off]");
 	if (!info->system_emulation || strcmp(info->target_name, "x86_64"))
 		return refuse("only for qemu-system-x86_64, this is a QEMU for %s",
 			      info->target_name);

@@ -11,14 +11,34 @@ from grader.lab import LABS, LabError, known_labs, load_lab
 REAL = (LABS / "1-batching" / "lab.toml").read_text()
 
 
-def test_the_real_lab() -> None:
+@pytest.mark.parametrize("name", known_labs())
+def test_the_real_labs(name: str) -> None:
+    lab = load_lab(name)
+    assert {check.evidence for check in lab.checks} == {
+        "wire",
+        "wire, and the debug kernel's reports by probe",
+        "probe, confirmed by wire",
+    }
+    assert lab.max_score == 100
+    assert lab.needs_debug_kernel
+    assert all(check.hint for check in lab.checks)
+
+
+def test_the_lab_of_batching() -> None:
     lab = load_lab("1-batching")
-    assert "1-batching" in known_labs()
     assert lab.kernel_files == ("mp_batch.c",)
-    assert {check.evidence for check in lab.checks} == {"wire", "probe, confirmed by wire"}
     same = {check.id: check.load for check in lab.checks}
     assert same["wakeups-long"] == same["crossings-long"]
-    assert all(check.hint for check in lab.checks)
+
+
+def test_a_check_alone_brings_the_one_that_is_measured_with_it() -> None:
+    lab = load_lab("1-batching")
+    assert [check.id for check in lab.only(["serve-one"]).checks] == ["serve-one"]
+    alone = lab.only(["wakeups-long"])
+    assert [check.id for check in alone.checks] == ["crossings-long", "wakeups-long"]
+    assert set(alone.rubrics) == {"performance"}
+    with pytest.raises(UserError, match="no check serve-two"):
+        lab.only(["serve-one", "serve-two"])
 
 
 @pytest.mark.parametrize(
@@ -30,7 +50,13 @@ def test_the_real_lab() -> None:
         ("share = 0.60, points = 12", "share = 0.90, points = 12", "steps must increase"),
         ('check = "crossings-long"', 'check = "serve-one"', "is no reduction check"),
         ('rubric = "performance"', 'rubric = "beauty"', "there is no rubric beauty"),
-        ("points = 7\n", "", "a serve check has points"),
+        ("points = 6\n", "", "a serve check has points"),
+        ('metric = "syscalls"', 'metric = "remote"', "one connection at a time"),
+        (
+            'metric = "syscalls"',
+            'kills = 1\nmetric = "syscalls"',
+            "no other points, debug or kills",
+        ),
         ('kernel = ["mp_batch.c"]', 'kernel = ["other.c"]', "kernel lists a file"),
         ("title = ", "titel = ", "missing or unknown key"),
         ("[active]", "[active", "Expected"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ class FakeStation:
 
     made: list[FakeStation]
 
-    def __init__(self, built: Any, vcpus: int, name: str) -> None:
+    def __init__(self, built: Any, vcpus: int, name: str, kernel_args: Sequence[str]) -> None:
         self.name = name
         self.open = False
         self.boots = 1 + sum(other.name == name for other in FakeStation.made)
@@ -44,8 +45,9 @@ class FakeStation:
 def references(monkeypatch: pytest.MonkeyPatch) -> grade.References:
     FakeStation.made = []
     monkeypatch.setattr(grade, "Station", FakeStation)
-    built: Any = {"starter": None, "solution": None}
-    return grade.References(built, 4, ExitStack(), Progress(quiet=True))
+    built: Any = SimpleNamespace(kernel=SimpleNamespace(debug=False))
+    both = {"starter": built, "solution": built}
+    return grade.References(both, 4, ExitStack(), Progress(quiet=True))
 
 
 def test_a_solution_that_succeeds_leaves_no_doubt(references: grade.References) -> None:

@@ -7,6 +7,7 @@
 #include <errno.h>
 #include <sched.h>
 #include <stdlib.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include "common/server.h"
@@ -14,14 +15,15 @@
 
 struct connection {
 	int fd;			/* or an lwsocket, which its handle closes */
+	int messages;
 	char buffer[];
 };
 
 struct worker {
 	const struct server_options *options;
 	struct mp_channel *channel;
-	int listener;		/* handle */
-	bool full;		/* no descriptor is left: accept when one comes back */
+	int full[2];		/* listeners to ask again when a descriptor comes back */
+	int nr_full;
 };
 
 /* A call on a channel fails only when the channel itself is lost. */
@@ -36,12 +38,17 @@ static void read_more(struct worker *w, const struct mp_event *event, struct con
 	must("mp_read", mp_read(w->channel, event->handle, c->buffer, w->options->buffer));
 }
 
-static void accept_more(struct worker *w)
+static void accept_from(struct worker *w, int listener)
 {
 	const struct server_options *o = w->options;
 
-	w->full = false;
-	must("mp_accept", mp_accept(w->channel, w->listener, o->accepts, o->lwsocket));
+	must("mp_accept", mp_accept(w->channel, listener, o->accepts, o->lwsocket));
+}
+
+static void accept_more(struct worker *w)
+{
+	while (w->nr_full)
+		accept_from(w, w->full[--w->nr_full]);
 }
 
 static void end_connection(struct worker *w, const struct mp_event *event, struct connection *c)
@@ -51,8 +58,7 @@ static void end_connection(struct worker *w, const struct mp_event *event, struc
 	if (!mp_is_lwsocket(c->fd))
 		close(c->fd);
 	server_connection_put(c);
-	if (w->full)
-		accept_more(w);
+	accept_more(w);
 }
 
 static void accepted(struct worker *w, const struct mp_event *event)
@@ -61,9 +67,10 @@ static void accepted(struct worker *w, const struct mp_event *event)
 	int handle;
 
 	/* To ask again at once would only fail again. */
-	w->full = event->result == -EMFILE || event->result == -ENFILE;
-	if (!event->more && !w->full)
-		accept_more(w);
+	if (event->result == -EMFILE || event->result == -ENFILE)
+		w->full[w->nr_full++] = event->handle;
+	else if (!event->more)
+		accept_from(w, event->handle);
 	if (event->result < 0)	/* or aborted meanwhile */
 		return;
 	c = server_connection_get(sizeof(*c) + w->options->buffer);
@@ -75,9 +82,33 @@ static void accepted(struct worker *w, const struct mp_event *event)
 		return;
 	}
 	c->fd = event->result;
+	c->messages = 0;
 	handle = mp_register(w->channel, c->fd, c, NULL, 0);
 	must("mp_register", handle);
 	must("mp_read", mp_read(w->channel, handle, c->buffer, w->options->buffer));
+}
+
+/* What an ordinary call takes of an answer need not go through the channel. */
+static void answer(struct worker *w, const struct mp_event *event, struct connection *c)
+{
+	bool converted = w->options->convert && !mp_is_lwsocket(c->fd);
+	ssize_t sent = converted ? send(c->fd, c->buffer, event->result, MSG_DONTWAIT) : 0;
+
+	if (sent < 0)		/* the write will tell why */
+		sent = 0;
+	if (sent == event->result)
+		read_more(w, event, c);
+	else
+		must("mp_write", mp_write(w->channel, event->handle, c->buffer + sent,
+					  event->result - sent));
+}
+
+/* The read is pending when the connection is converted, and its message may arrive just then. */
+static void answered(struct worker *w, const struct mp_event *event, struct connection *c)
+{
+	read_more(w, event, c);
+	if (++c->messages == w->options->convert && mp_is_lwsocket(c->fd))
+		must("mp_convert", mp_convert(w->channel, event->handle));
 }
 
 static void serve(struct worker *w, const struct mp_event *event)
@@ -90,8 +121,7 @@ static void serve(struct worker *w, const struct mp_event *event)
 		break;
 	case MP_OP_READ:
 		if (event->result > 0)
-			must("mp_write",
-			     mp_write(w->channel, event->handle, c->buffer, event->result));
+			answer(w, event, c);
 		else if (event->result == 0)
 			must("mp_disconnect", mp_disconnect(w->channel, event->handle));
 		else
@@ -99,9 +129,13 @@ static void serve(struct worker *w, const struct mp_event *event)
 		break;
 	case MP_OP_WRITE:
 		if (event->result > 0 && !event->error)
-			read_more(w, event, c);
+			answered(w, event, c);
 		else
 			end_connection(w, event, c);
+		break;
+	case MP_OP_CONVERT:
+		must("mp_convert", event->result);
+		c->fd = event->result;
 		break;
 	case MP_OP_DISCONNECT:
 		end_connection(w, event, c);
@@ -109,6 +143,50 @@ static void serve(struct worker *w, const struct mp_event *event)
 	default:
 		server_fail("unexpected event", -event->result);
 	}
+}
+
+/* @cpus: those of a part, or NULL. Returns the handle; a failure is its first event. */
+static int register_listener(struct worker *w, int fd, const cpu_set_t *cpus)
+{
+	int handle = mp_register(w->channel, fd, NULL, cpus, cpus ? sizeof(*cpus) : 0);
+
+	must("mp_register", handle);
+	return handle;
+}
+
+static void must_be_refused(struct worker *w, int fd, const cpu_set_t *cpus)
+{
+	int handle = register_listener(w, fd, cpus);
+	struct mp_event event;
+
+	if (mp_dispatch(w->channel, &event, 1000) != 1 || event.handle != handle ||
+	    event.op != MP_OP_REGISTER || event.result != -EBUSY)
+		server_fail("a second part with the same CPU is not refused", EEXIST);
+	must("mp_unregister", mp_unregister(w->channel, handle));
+}
+
+static void listen_to_part(struct worker *w, const struct server_thread *thread)
+{
+	const struct server_options *o = w->options;
+	cpu_set_t cpu, every;
+	int listener;
+
+	CPU_ZERO(&cpu);
+	CPU_SET(thread->index, &cpu);
+	for (int i = 0; i < o->cycles; i++) {
+		listener = register_listener(w, thread->listener, &cpu);
+		must("mp_unregister", mp_unregister(w->channel, listener));
+		must("mp_flush", mp_flush(w->channel));
+	}
+	listener = register_listener(w, thread->listener, &cpu);
+	if (o->overlap) {
+		for (int i = 0; i < CPU_SETSIZE; i++)
+			CPU_SET(i, &every);
+		must("mp_flush", mp_flush(w->channel));
+		must_be_refused(w, thread->listener, &cpu);
+		must_be_refused(w, thread->listener, &every);
+	}
+	accept_from(w, listener);
 }
 
 static void run(struct server_thread *thread)
@@ -122,15 +200,12 @@ static void run(struct server_thread *thread)
 		.completions = o->completions,
 	};
 	struct worker w = { .options = o, .channel = mp_create(&options) };
-	cpu_set_t mask;
 
 	if (!w.channel)
 		server_fail("mp_create", errno);
-	CPU_ZERO(&mask);
-	CPU_SET(thread->index, &mask);
-	w.listener = mp_register(w.channel, thread->listener, NULL, &mask, sizeof(mask));
-	must("mp_register", w.listener);
-	accept_more(&w);
+	listen_to_part(&w, thread);
+	if (o->rest && thread->index == 0)
+		accept_from(&w, register_listener(&w, thread->listener, NULL));
 	must("mp_flush", mp_flush(w.channel));
 	server_ready();
 	for (;;) {

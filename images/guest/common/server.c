@@ -16,7 +16,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-enum { DEFAULT_PORT = 5000, DEFAULT_BUFFER = 16384, BACKLOG = 16384 };
+enum { DEFAULT_PORT = 5000, DEFAULT_BUFFER = 16384, DEFAULT_BACKLOG = 16384 };
 
 static int ready_pipe = -1;	/* write end, while somebody waits for us */
 static atomic_int not_ready;
@@ -66,6 +66,7 @@ static void usage(const char *about, const char *name)
 	       "  --port N          listen on this port (%d)\n"
 	       "  --threads N       threads, pinned to CPU 0, 1, ... (one per CPU)\n"
 	       "  --buffer BYTES    read at most so much at a time (%d)\n"
+	       "  --backlog N       connections that may wait to be accepted (%d)\n"
 	       "  --daemon          return when ready, serve in the background\n"
 	       "  --reuseport       a listener for each thread: SO_REUSEPORT and SO_INCOMING_CPU\n"
 	       "                    (epoll-server and uring-server)\n"
@@ -81,8 +82,13 @@ static void usage(const char *about, const char *name)
 	       "  --threshold N     requests that gather before they go down (32)\n"
 	       "  --accepts N       connections per accept request (1; 64 with --partition)\n"
 	       "  --requests N      size of the request ring (256)\n"
-	       "  --completions N   size of the completion ring (4096)\n",
-	       name, about, DEFAULT_PORT, DEFAULT_BUFFER);
+	       "  --completions N   size of the completion ring (4096)\n"
+	       "mp-server only, to try what a lab must get right:\n"
+	       "  --cycles N        make and undo the partition N times before serving\n"
+	       "  --overlap         fail unless a second part with the same CPU is refused\n"
+	       "  --rest            accept also what arrives on CPUs of no part\n"
+	       "  --convert N       make an lwsocket a descriptor after its Nth message, and go on\n",
+	       name, about, DEFAULT_PORT, DEFAULT_BUFFER, DEFAULT_BACKLOG);
 }
 
 static int number(const char *option, const char *text, long min, long max)
@@ -100,11 +106,11 @@ static int number(const char *option, const char *text, long min, long max)
 }
 
 /* @cpu: take handshakes that arrive there, of several listeners on this port; or -1 */
-static int listen_on(int port, int cpu)
+static int listen_on(const struct server_options *o, int cpu)
 {
 	struct sockaddr_in address = {
 		.sin_family = AF_INET,
-		.sin_port = htons(port),
+		.sin_port = htons(o->port),
 		.sin_addr.s_addr = htonl(INADDR_ANY),
 	};
 	int on = 1;
@@ -124,7 +130,7 @@ static int listen_on(int port, int cpu)
 		server_fail("SO_INCOMING_CPU", errno);
 	if (bind(fd, (struct sockaddr *)&address, sizeof(address)))
 		server_fail("bind", errno);
-	if (listen(fd, BACKLOG))
+	if (listen(fd, o->backlog))
 		server_fail("listen", errno);
 	return fd;
 }
@@ -168,7 +174,8 @@ static int start(int argc, char **argv, const char *about, void (*run)(struct se
 		 bool in_kernel)
 {
 	enum { PORT = 256, THREADS, BUFFER, DAEMON, EXCLUSIVE, REUSEPORT, BUFFERS, BATCH, PARTITION,
-	       LWSOCKET, THRESHOLD, ACCEPTS, REQUESTS, COMPLETIONS, HELP };
+	       LWSOCKET, THRESHOLD, ACCEPTS, REQUESTS, COMPLETIONS, BACKLOG, CYCLES, OVERLAP,
+	       REST, CONVERT, HELP };
 	static const struct option known[] = {
 		{ "port", required_argument, NULL, PORT },
 		{ "threads", required_argument, NULL, THREADS },
@@ -184,6 +191,11 @@ static int start(int argc, char **argv, const char *about, void (*run)(struct se
 		{ "accepts", required_argument, NULL, ACCEPTS },
 		{ "requests", required_argument, NULL, REQUESTS },
 		{ "completions", required_argument, NULL, COMPLETIONS },
+		{ "backlog", required_argument, NULL, BACKLOG },
+		{ "cycles", required_argument, NULL, CYCLES },
+		{ "overlap", no_argument, NULL, OVERLAP },
+		{ "rest", no_argument, NULL, REST },
+		{ "convert", required_argument, NULL, CONVERT },
 		{ "help", no_argument, NULL, HELP },
 		{ }
 	};
@@ -197,6 +209,7 @@ static int start(int argc, char **argv, const char *about, void (*run)(struct se
 	options.port = DEFAULT_PORT;
 	options.threads = cpus;
 	options.buffer = DEFAULT_BUFFER;
+	options.backlog = DEFAULT_BACKLOG;
 	while ((c = getopt_long(argc, argv, "", known, &which)) != -1) {
 		const char *name = c == '?' ? "" : known[which].name;
 
@@ -243,6 +256,21 @@ static int start(int argc, char **argv, const char *about, void (*run)(struct se
 		case COMPLETIONS:
 			options.completions = number(name, optarg, 1, 32768);
 			break;
+		case BACKLOG:
+			options.backlog = number(name, optarg, 1, 1 << 20);
+			break;
+		case CYCLES:
+			options.cycles = number(name, optarg, 1, 1 << 20);
+			break;
+		case OVERLAP:
+			options.overlap = true;
+			break;
+		case REST:
+			options.rest = true;
+			break;
+		case CONVERT:
+			options.convert = number(name, optarg, 1, 1 << 20);
+			break;
 		case HELP:
 			usage(about, argv[0]);
 			exit(0);
@@ -270,9 +298,9 @@ static int start(int argc, char **argv, const char *about, void (*run)(struct se
 		if (in_kernel)
 			threads[i].listener = -1;
 		else if (options.reuseport)
-			threads[i].listener = listen_on(options.port, i);
+			threads[i].listener = listen_on(&options, i);
 		else
-			threads[i].listener = i ? threads[0].listener : listen_on(options.port, -1);
+			threads[i].listener = i ? threads[0].listener : listen_on(&options, -1);
 	}
 	if (daemon)
 		become_daemon();

@@ -26,6 +26,11 @@ struct server_options {
 	int accepts;
 	int requests;		/* ring sizes, 0: the library's */
 	int completions;
+	int backlog;		/* connections that may wait to be accepted */
+	int cycles;		/* mp-server: partition so often before it serves */
+	bool overlap;		/* see that no CPU can be had twice */
+	bool rest;		/* accept what belongs to no part, too */
+	int convert;		/* make an lwsocket a descriptor after so many messages; 0: never */
 };
 
 struct server_thread {
