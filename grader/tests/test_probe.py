@@ -182,13 +182,13 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def counted_by(
-    harness: Path, folder: Path, content: bytes, functions: str, blocks: str
+    harness: Path, folder: Path, content: bytes, functions: str, blocks: str, *more: str
 ) -> tuple[str, bytes]:
     """Return what the plugin's code complains of, and the counter file it leaves."""
     (folder / "counters").write_bytes(content)
     (folder / "functions").write_text(functions)
     run = subprocess.run(
-        [harness, f"counters={folder / 'counters'}", f"functions={folder / 'functions'}"],
+        [harness, f"counters={folder / 'counters'}", f"functions={folder / 'functions'}", *more],
         input=blocks,
         capture_output=True,
         text=True,
@@ -260,6 +260,14 @@ def test_what_the_clock_costs_is_counted_apart(harness: Path, tmp_path: Path) ->
     assert found.kernel.tolist() == [10 + 1 + 60 + 2 + 10 + 2, 30]
     assert found.total.clock == 62
     assert found.total.functions == {"clock_ticks": 1, "interrupts_over": 2}
+
+
+def test_functions_alone_can_be_counted(harness: Path, tmp_path: Path) -> None:
+    functions, blocks = "ffffffff81000040 a\n", "0 ffffffff81000040 3 7\n0 401000 5 100\n"
+    content = counters.new_file(2, 1)
+    said, left = counted_by(harness, tmp_path, content, functions, blocks, "instructions=off")
+    assert said == ""
+    assert parse(left, ("a",)).total == counters.Total(0, 0, 0, {"a": 7})
 
 
 def test_every_vcpu_has_its_own_block(harness: Path, tmp_path: Path) -> None:

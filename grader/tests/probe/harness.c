@@ -60,7 +60,8 @@ int main(int argc, char **argv)
 			tb.insns[i].vaddr = vaddr + 4 * i;
 		trans(1, &tb);
 		while (times--) {
-			tb.cb(vcpu, tb.udata);
+			if (tb.cb)
+				tb.cb(vcpu, tb.udata);
 			for (i = 0; i < n; i++)
 				for (j = 0; j < tb.insns[i].n; j++)
 					tb.insns[i].calls[j].cb(vcpu, tb.insns[i].calls[j].udata);
