@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from grader.lab import Check, Lab
 
 Verdict = Literal["pass", "fail", "no-build", "panic", "hang", "infra"]
+
+INACTIVE = "; no points yet, for the optimisation is not active"
 
 # Two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom.
 _STUDENT_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
@@ -31,6 +33,8 @@ class CheckResult:
     next_step: str
     measured: dict[str, float] = field(default_factory=dict)
     compared_with: dict[str, float] = field(default_factory=dict)
+    samples: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """All that the points follow from, by name: one value for each time it was measured."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,11 @@ def reduction(
             "starter": statistics.fmean(starter),
             "solution": statistics.fmean(solution),
         },
+        samples={
+            "starter": tuple(starter),
+            "solution": tuple(solution),
+            "submission": tuple(submission),
+        },
     )
 
 
@@ -135,6 +144,13 @@ def served(check: Check, transactions: int) -> CheckResult:
         next_step="",
         measured={"transactions": transactions, "wrong": 0},
     )
+
+
+def again(check: Check, samples: Mapping[str, tuple[float, ...]]) -> CheckResult:
+    """Return the result of a check that was measured to its end, from its samples alone."""
+    if check.kind == "serve":
+        return replace(served(check, int(samples["transactions"][0])), samples=samples)
+    return reduction(check, samples["starter"], samples["solution"], samples["submission"])
 
 
 def failed(check: Check, verdict: Verdict, reason: str, next_step: str = "") -> CheckResult:
@@ -177,7 +193,7 @@ def apply_activity(lab: Lab, results: Sequence[CheckResult]) -> list[CheckResult
         replace(
             result,
             points=0.0,
-            reason=f"{result.reason}; no points yet, for the optimisation is not active",
+            reason=f"{result.reason}{INACTIVE}",
             next_step=f"Points count once check {judge.id} shows {lab.active_share:.0%} ({seen}).",
         )
         if result.points > 0

@@ -105,6 +105,8 @@ class Failure:
     reason: str
     trace: str = ""
     """Of a panic or a hang: what the kernel printed, decoded."""
+    phase: PhaseResult | None = None
+    """What the load has seen of it, if it came to its end."""
 
 
 class ExperimentFailed(Exception):
@@ -199,7 +201,7 @@ class Session:
         with self._judged():
             phase = self._load.go(transactions)
             if phase.error_count or not phase.complete:
-                raise ExperimentFailed(Failure("fail", _describe_errors(phase)))
+                raise ExperimentFailed(Failure("fail", _describe_errors(phase), phase=phase))
         return phase
 
     def costs(self, short: int, long: int) -> Costs:

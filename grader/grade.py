@@ -16,8 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from grader import checks as judge
+from grader import points
 from grader import variant as variants
 from grader.checks import CheckResult
 from grader.errors import UserError
@@ -76,6 +78,8 @@ class Grade:
     checks: tuple[CheckResult, ...]
     environment: Mapping[str, object]
     phases: Mapping[str, float]
+    table: Mapping[str, Any]
+    """The lab's table of points, see `points.table`."""
     ignored: tuple[str, ...] = ()
     machines: tuple[MachineEnd, ...] = ()
     """The submission's, in the order of their boots, and references that were lost; not part of the
@@ -309,6 +313,7 @@ def grade(
     """Grade `variant`. Raises `NoGrade` or another `UserError` where the machine fails."""
     progress = progress or Progress(quiet=True)
     seed = secrets.randbits(63) if seed is None else seed
+    begin = time.monotonic()
     load_before = os.getloadavg()[0]
     with progress.phase("kernel"):
         kernel = build_kernel(progress=progress)
@@ -349,12 +354,19 @@ def grade(
             "host_cpus": os.cpu_count() or 1,
             "host_load": {"before": load_before, "after": os.getloadavg()[0]},
             "commit": commit(),
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "time": now(),
+            "seconds": time.monotonic() - begin,
         },
         phases=dict(progress.times),
+        table=points.table(lab),
         ignored=variant.ignored,
         machines=tuple(ends),
     )
+
+
+def now() -> str:
+    """Return the time as a result file has it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def commit() -> str:
@@ -462,7 +474,10 @@ def _attempt(candidate: Candidate, what: Callable[[Station], None]) -> Attempt:
 
 
 def _serve(check: Check, candidate: Candidate, doubt: Doubt, seed: int) -> CheckResult:
+    seen: Mapping[str, tuple[float, ...]] = {}
+
     def run(station: Station) -> None:
+        nonlocal seen
         with ExitStack() as stack:
             if check.debug:
                 stack.enter_context(nothing_to_report(station))
@@ -470,13 +485,13 @@ def _serve(check: Check, candidate: Candidate, doubt: Doubt, seed: int) -> Check
                 with Session(station, check.server, check.load, seed) as session:
                     session.kill_under_load()
             with Session(station, check.server, check.load, seed) as session:
-                session.run(check.transactions)
+                seen = session.run(check.transactions).seen
 
     attempt = _attempt(candidate, run)
     failure = attempt.failure
     if failure is None:
         result = judge.served(check, check.transactions)
-        return replace(result, reason=result.reason + attempt.note())
+        return replace(result, reason=result.reason + attempt.note(), samples=seen)
     if attempt.ran and (reason := doubt(run)):
         return judge.failed(
             check, "infra", f"{failure.reason}; but the solution fails here, too: {reason}"
@@ -486,6 +501,8 @@ def _serve(check: Check, candidate: Candidate, doubt: Doubt, seed: int) -> Check
 
 def _judged(check: Check, failure: Failure) -> CheckResult:
     result = judge.failed(check, failure.verdict, failure.reason)
+    if failure.phase:
+        result = replace(result, samples=failure.phase.seen)
     if failure.trace:
         step = f"{result.next_step}\n{failure.trace[:TRACE_CHARACTERS]}"
         result = replace(result, next_step=step)

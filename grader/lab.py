@@ -82,6 +82,8 @@ class Check:
     same_run: str = ""
     """The check whose measurement serves this one, too."""
     steps: tuple[Step, ...] = ()
+    why: str = ""
+    """Why this is asked for, and why its steps are where they are."""
 
     @property
     def max_points(self) -> float:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -21,7 +22,7 @@ from grader.grade import Grade
 from grader.lab import METRICS, Lab
 
 SCHEMA = Path(__file__).with_name("result.schema.json")
-VERSION = 1
+VERSION = 2
 _COLOURS = {"pass": "green", "infra": "yellow"}
 
 
@@ -37,6 +38,23 @@ def as_json(grade: Grade) -> dict[str, Any]:
 def write_json(grade: Grade, path: Path) -> None:
     """Write the result file: whole or not at all."""
     results.write(path, json.dumps(as_json(grade), indent=2) + "\n")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return the document of a result file. Raises `UserError` if it is none of this version."""
+    grade_again = "name a file that `invoke grade --json` wrote, or grade again"
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}", grade_again) from None
+    version = document.get("version") if isinstance(document, dict) else None
+    if version is not None and version != VERSION:
+        raise UserError(f"{path} is a result of format {version}, not {VERSION}", "grade again")
+    try:
+        return results.checked(document, SCHEMA)
+    except jsonschema.ValidationError as error:
+        where = "/".join(map(str, error.absolute_path)) or "the file"
+        raise UserError(f"{path} is no result of a grade: {where} is wrong", grade_again) from None
 
 
 def write_bundle(grade: Grade, again: str, parent: Path) -> Path | None:

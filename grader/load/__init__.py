@@ -208,6 +208,18 @@ class PhaseResult:
         return sum(self.errors.values())
 
     @property
+    def seen(self) -> Mapping[str, tuple[float, ...]]:
+        """What a result keeps, by name; a latency is in seconds of wall time."""
+        seen: dict[str, tuple[float, ...]] = {
+            "transactions": (float(self.transactions),),
+            "errors": (float(self.error_count),),
+        }
+        if self.latency is not None:
+            seen["latency_p50_s"] = (self.latency.p50 / 1e6,)
+            seen["latency_p99_s"] = (self.latency.p99 / 1e6,)
+        return seen
+
+    @property
     def packets_dropped(self) -> int:
         """Packets that the namespace's interfaces dropped, in both directions."""
         return sum(i["rx_dropped"] + i["tx_dropped"] for i in self.interfaces.values())

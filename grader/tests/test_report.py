@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 from rich.console import Console
 
-from grader import checks, report, results
+from grader import checks, points, report, results
 from grader.errors import UserError
 from grader.grade import Grade, MachineEnd
 from grader.lab import load_lab
@@ -41,6 +41,7 @@ def _grade(verdict: checks.Verdict = "fail") -> Grade:
             "commit": "",
         },
         phases={"boot": 2.0},
+        table=points.table(LAB),
         ignored=("notes.txt",),
     )
 
@@ -57,6 +58,28 @@ def test_the_file_fits_its_schema_and_holds_what_was_measured(tmp_path: Path) ->
         "solution": row["measured"]["syscalls"],
     }
     assert [entry.name for entry in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_the_file_holds_all_that_the_points_follow_from(tmp_path: Path) -> None:
+    report.write_json(_grade(), tmp_path / "result.json")
+    document = json.loads((tmp_path / "result.json").read_text())
+    row = next(check for check in document["checks"] if check["id"] == "crossings-long")
+    assert row["samples"] == {
+        "starter": [4.0, 4.1],
+        "solution": [0.1, 0.11],
+        "submission": [0.1, 0.11],
+    }
+    asked = next(row for row in document["table"]["checks"] if row["id"] == "serve-one")
+    serve_one = next(check for check in LAB.checks if check.id == "serve-one")
+    assert (asked["max_points"], asked["steps"]) == (serve_one.points, [])
+    assert asked["experiment"]["load"]["pause_us"] == 2000
+
+
+def test_a_result_that_was_never_booted_fits_the_schema() -> None:
+    whole = _grade("no-build")
+    booted = ("qemu", "cpu_model", "accelerator")
+    there = {k: v for k, v in whole.environment.items() if k not in booted}
+    assert report.as_json(replace(whole, environment=there))["environment"] == there
 
 
 def test_a_document_that_does_not_fit_is_refused() -> None:
