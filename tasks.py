@@ -22,9 +22,9 @@ if __name__ == "__main__":
     sys.exit(setup.main(sys.argv[1:]))
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from invoke.context import Context
 from invoke.exceptions import Exit
@@ -33,7 +33,13 @@ from invoke.tasks import Task, task
 from grader import setup
 from grader.errors import UsageError, UserError
 
+if TYPE_CHECKING:
+    from grader.grade import Grade
+    from grader.lab import Lab
+
 LAB = "1-batching"
+REPORT_HELP = "FORMAT=PATH, again and again: junit, gradescope, prairielearn, autolab, html"
+EXPLAIN_HELP = "print what each check's points follow from, and why its steps are where they are"
 # Exit status of grade when this machine, not the submission, kept checks from being judged.
 NO_GRADE = 3
 
@@ -161,29 +167,33 @@ def load(
 
 
 @verb(
+    iterable=["report"],
     help={
         "submission": "folder, .zip or .tar.gz with the lab's files (default: the lab's own)",
         "variant": "grade the starter or the solution instead",
         "json": "write the result here as well",
+        "report": REPORT_HELP,
+        "explain": EXPLAIN_HELP,
         "lab": "which lab",
         "check": "only these checks, a list of their ids",
         "seed": "of the load's payload, to repeat a run (default: another one each time)",
-    }
+    },
 )
 def grade(
     _: Context,
     submission: str = "",
     variant: str = "",
     json: str = "",
+    report: Sequence[str] | None = None,
+    explain: bool = False,
     lab: str = LAB,
     check: str = "",
     seed: int = -1,
 ) -> int:
     """Grade; status 0 means graded, whatever the score."""
-    from rich.console import Console
-
+    from grader import formats, interactive, results
     from grader import grade as grading
-    from grader import interactive, report, results
+    from grader import report as reporting
     from grader import variant as variants
     from grader.lab import load_lab
     from grader.progress import Progress
@@ -195,22 +205,75 @@ def grade(
         chosen = chosen.only(check.split(","))
     if json:
         results.check_writable(Path(json), "--json")
+    reports = formats.chosen(report or ())
     if submission:
         what = variants.submission(chosen.folder, Path(submission))
     else:
         what = interactive.choose_variant(chosen, variant or "solution")
     progress = Progress()
     graded = grading.grade(chosen, what, seed=None if seed < 0 else seed, progress=progress)
-    if json:
-        report.write_json(graded, Path(json))
-    report.table(graded, chosen, Console())
+    _tell(graded, chosen, json, reports, explain)
     progress.say(f"time: {progress.summary()}")
     again = f"invoke grade --lab {lab} --seed {graded.environment['seed']}"
     again += f" --check {check}" if check else ""
     again += f" --submission {submission}" if submission else f" --variant {variant or 'solution'}"
-    if folder := report.write_bundle(graded, again, setup.ROOT / "results"):
+    if folder := reporting.write_bundle(graded, again, setup.ROOT / "results"):
         progress.say(f"why: {folder} holds consoles, counters, and the command to run it again")
     return 0 if graded.judged else NO_GRADE
+
+
+@verb(
+    positional=["result"],
+    iterable=["report"],
+    help={
+        "result": "a file that grade --json has written",
+        "json": "write the new result here",
+        "report": REPORT_HELP,
+        "explain": EXPLAIN_HELP,
+    },
+)
+def regrade(
+    _: Context,
+    result: str,
+    json: str = "",
+    report: Sequence[str] | None = None,
+    explain: bool = False,
+) -> int:
+    """Compute a result's points anew, by today's lab.toml."""
+    from grader import formats, results
+    from grader import regrade as regrading
+    from grader import report as reporting
+    from grader.lab import load_lab
+
+    if json:
+        results.check_writable(Path(json), "--json")
+    reports = formats.chosen(report or ())
+    document = reporting.read(Path(result))
+    lab = load_lab(document["lab"])
+    graded = regrading.regrade(document, lab)
+    _tell(graded, lab, json, reports, explain)
+    for change in regrading.changes(document, graded) or ["nothing has changed"]:
+        print(change)
+    return 0 if graded.judged else NO_GRADE
+
+
+def _tell(
+    graded: "Grade", lab: "Lab", json: str, reports: Sequence[tuple[str, Path]], explain: bool
+) -> None:
+    from rich.console import Console
+
+    from grader import explain as explaining
+    from grader import formats
+    from grader import report as reporting
+
+    if json:
+        reporting.write_json(graded, Path(json))
+    if reports or explain:
+        document = reporting.as_json(graded)
+        formats.write(document, reports)
+        if explain:
+            print(explaining.text(document))
+    reporting.table(graded, lab, Console())
 
 
 @verb(

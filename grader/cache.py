@@ -78,7 +78,7 @@ def locked(name: str, waiting: Callable[[], None] | None = None) -> Iterator[Non
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that it holds the old text or the new one, however this ends."""
     with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=f".{path.name}.", delete=False
+        "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8"
     ) as file:
         partial = Path(file.name)
         try:

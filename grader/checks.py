@@ -104,7 +104,7 @@ def reduction(
         points=points,
         max_points=check.max_points,
         evidence=check.evidence,
-        reason=f"{share.mean:.0%} of the way from starter to solution (± {share.half:.0%})",
+        reason=f"{share.mean:z.0%} of the way from starter to solution (± {share.half:.0%})",
         next_step=""
         if missing is None
         else f"{missing.points:g} points from {missing.share:.0%} on. {check.hint}",

@@ -48,6 +48,8 @@ def test_worse_than_the_starter_is_no_negative_score() -> None:
     result = checks.reduction(CHECK, [4.0, 4.0], [0.1, 0.1], [9.0, 9.1])
     assert result.points == 0
     assert result.measured["share"] < 0
+    hardly = checks.reduction(CHECK, [4.0, 4.0], [0.1, 0.1], [4.001, 4.001])
+    assert hardly.reason.startswith("0% of the way")
 
 
 def test_interval_is_students() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from grader import regrade, report
 from grader import variant as variants
 from grader.checks import CheckResult, Verdict
 from grader.grade import Grade, grade
@@ -108,6 +109,13 @@ def _submission(broken: Broken, folder: Path) -> Path:
     return folder
 
 
+def _same_again(graded: Grade) -> None:
+    """Whatever became of it, its evidence gives the same result."""
+    document = report.as_json(graded)
+    again = report.as_json(regrade.regrade(document, load_lab(graded.lab)))
+    assert {**again, "environment": {}} == {**document, "environment": {}}
+
+
 def _by_id(graded: Grade) -> dict[str, CheckResult]:
     return {result.id: result for result in graded.checks}
 
@@ -120,6 +128,14 @@ def test_the_solution_gets_everything(kernel: Kernel, lab: Lab) -> None:
         check.id: "pass" for check in lab.checks
     }
     assert graded.score == lab.max_score == 100
+    for check in lab.checks:
+        samples = _by_id(graded)[check.id].samples
+        if check.kind == "serve":
+            assert (samples["transactions"], samples["errors"]) == ((check.transactions,), (0,))
+            assert 0 < samples["latency_p50_s"][0] <= samples["latency_p99_s"][0]
+        else:
+            assert len(samples["starter"]) == len(samples["submission"]) >= 3
+    _same_again(graded)
     if lab is LAB:
         # 64 ready connections per channel: 128 requests in batches of 32, and some waiting.
         assert _by_id(graded)["crossings-long"].measured["syscalls"] <= 0.15
@@ -135,6 +151,7 @@ def test_the_starter_works_and_gets_nothing(kernel: Kernel, lab: Lab) -> None:
         works = check.kind == "serve" and check.id not in STARTER_FAILS
         assert result.verdict == ("pass" if works else "fail"), result
         assert result.next_step
+    _same_again(graded)
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.name)
@@ -151,3 +168,4 @@ def test_a_broken_submission_gets_its_verdict(
     worst = [result for result in graded.checks if result.verdict == broken.verdict]
     assert any(broken.reason in result.reason for result in worst), worst
     assert all(result.next_step for result in worst)
+    _same_again(graded)

@@ -1,0 +1,189 @@
+"""Result document -> one page that needs nothing else: no script, no network, no other file.
+
+Texts of a submission (a compiler's message, a console) are cleaned of control characters and
+escaped; the page's own policy forbids scripts besides. Nothing in it is told by colour alone.
+"""
+
+from __future__ import annotations
+
+import io
+import shlex
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+from grader import checks as judge
+from grader import explain, results
+from grader.formats import NO_SCORE, clean, judged
+
+TEMPLATE = "page.html.j2"
+# Fill, edge and marker: to be told apart in grey, and by their shapes.
+_MARKS = {
+    "starter": ("white", "#555555", "s"),
+    "solution": ("#aaaaaa", "#555555", "D"),
+    "submission": ("#1f4e79", "#1f4e79", "o"),
+}
+_GREY = "#777777"
+
+
+def write(document: Mapping[str, object], path: Path) -> None:
+    """Write the page of a result, whole or not at all. Raises `UserError`."""
+    results.write(path, text(document))
+
+
+def text(document: Mapping[str, object]) -> str:
+    """Return the page of a result, see result.schema.json; the same for the same result."""
+    clean_document: dict[str, Any] = _cleaned(document)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    rows = {row["id"]: row for row in clean_document["table"]["checks"]}
+    checks = clean_document["checks"]
+    return environment.get_template(TEMPLATE).render(
+        document=clean_document,
+        judged=judged(clean_document),
+        no_score=NO_SCORE,
+        rows=rows,
+        checks=checks,
+        count=explain.count,
+        experiment=explain.experiment,
+        advice=_advice(checks),
+        compared=[
+            {"check": check, "row": rows[check["id"]], **_numbers(check, rows[check["id"]])}
+            for check in checks
+            if explain.comparison(check)
+        ],
+        served=[check for check in checks if "transactions" in check["samples"]],
+        phases=phases(clean_document["phases"]),
+        environment=_flat(clean_document["environment"]),
+    )
+
+
+def _cleaned(value: Any) -> Any:
+    """Return a document with every text in it cleaned."""
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, Mapping):
+        return {clean(key): _cleaned(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_cleaned(item) for item in value]
+    return value
+
+
+def _advice(checks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what to do, once for all checks of which the same is to be said."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for check in checks:
+        if check["next_step"]:
+            found.setdefault((check["verdict"], check["next_step"]), []).append(check)
+    advice = []
+    for (verdict, next_step), mine in found.items():
+        # A panic's and a hang's trace follows the advice; a compiler's output is all there is.
+        step, _, output = next_step.partition("\n")
+        if verdict == "no-build":
+            step, output = "", next_step
+        reasons = {check["reason"] for check in mine}
+        advice.append(
+            {
+                "ids": [check["id"] for check in mine],
+                "verdict": verdict,
+                # Where they differ, the table of checks has them.
+                "reason": reasons.pop() if len(reasons) == 1 else "",
+                "step": step,
+                "output": output,
+            }
+        )
+    return advice
+
+
+def _numbers(check: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    samples = check["samples"]
+    return {
+        "plot": comparison(check, row),
+        "means": {name: judge.interval(samples[name]) for name in explain.NAMES},
+        "share": judge.interval(judge.shares(*(samples[name] for name in explain.NAMES))),
+    }
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{name}, ")
+        else:
+            found[f"{prefix}{name}".replace("_", " ")] = _shown(value)
+    return found
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, list):
+        return shlex.join(map(str, value))
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def comparison(check: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """Return the counts of a check as SVG: a dot for each round, a line for each step."""
+    figure = Figure(figsize=(5.4, 2.3), layout="constrained")
+    axes = figure.add_subplot()
+    for height, name in enumerate(reversed(explain.NAMES)):
+        fill, edge, marker = _MARKS[name]
+        values = check["samples"][name]
+        mean = judge.interval(values)
+        axes.errorbar(mean.mean, height, xerr=mean.half, color=_GREY, capsize=3, lw=1, zorder=2)
+        # The first round on top, so that equal counts do not hide each other.
+        heights = np.linspace(height + 0.22, height - 0.22, len(values))
+        axes.scatter(values, heights, s=22, c=fill, edgecolors=edge, marker=marker, zorder=3)
+    for step in row["steps"]:
+        x = explain.at_step(check, step["share"])
+        axes.axvline(x, color="black", lw=0.9, ls=(0, (4, 2)), zorder=1)
+        axes.text(
+            x,
+            1.03,
+            f"{step['points']:g} points",
+            transform=axes.get_xaxis_transform(),
+            ha="center",
+            fontsize=8,
+        )
+    axes.set_yticks(range(len(explain.NAMES)), reversed(explain.NAMES))
+    axes.set_ylim(-0.6, len(explain.NAMES) - 0.4)
+    axes.set_xlabel(f"{row['metric']} per transaction")
+    axes.xaxis.set_major_formatter("{x:,g}")
+    axes.grid(axis="x", color="#eeeeee")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    return _svg(figure, f"{check['title']}: {check['reason']}", check["id"])
+
+
+def phases(seconds: Mapping[str, float]) -> str:
+    """Return as SVG how long each phase of the grade took."""
+    figure = Figure(figsize=(7.0, 0.5 + 0.27 * len(seconds)), layout="constrained")
+    axes = figure.add_subplot()
+    bars = axes.barh(list(seconds), list(seconds.values()), color="#cccccc", edgecolor=_GREY)
+    axes.bar_label(bars, fmt="%.1f s", padding=3, fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel("seconds")
+    axes.spines[["top", "right"]].set_visible(False)
+    return _svg(figure, "Seconds that each phase took", "phases")
+
+
+def _svg(figure: Figure, description: str, salt: str) -> str:
+    written = io.StringIO()
+    # Text stays text, and identifiers are the same each time, but differ between the plots.
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
+        figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
+    svg = written.getvalue()
+    # Inside a page it needs neither XML's prolog nor a document type.
+    svg = svg[svg.index("<svg") :]
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(description)}" ', 1)
