@@ -29,7 +29,7 @@ def _graded(lab: Lab, verdicts: dict[str, Verdict]) -> Grade:
         )
         for check in lab.checks
     ]
-    return Grade(lab.name, "submission", 1, lab.max_score, tuple(results), {}, {})
+    return Grade(lab.name, "submission", 1, lab.max_score, tuple(results), {}, {}, {})
 
 
 def _case(loses: set[str], may_lose: set[str] | None = None, points: float | None = None) -> Case:
