@@ -277,6 +277,36 @@ def _tell(
 
 
 @verb(
+    positional=["folder"],
+    help={
+        "folder": "of submissions: folders or archives, or an export of Gradescope or Moodle",
+        "lab": "which lab",
+        "out": "folder for the results (default: results/LAB-FOLDER); what is there already is "
+        "not graded again",
+        "jobs": "how many grades at a time (default: one for two cores and 3 GiB of free memory; "
+        "more disturb each other's counts)",
+    },
+)
+def grade_all(_: Context, folder: str, lab: str = LAB, out: str = "", jobs: int = -1) -> int:
+    """Grade a class; status 0 means that everybody has a grade."""
+    from grader import batch, summary
+    from grader.lab import load_lab
+    from grader.progress import Progress
+
+    chosen = load_lab(lab)
+    source = Path(folder)
+    target = Path(out) if out else setup.ROOT / "results" / f"{lab}-{source.resolve().name}"
+    progress = Progress()
+    grader = batch.InvokeGrade(chosen)
+    jobs = batch.default_jobs() if jobs < 0 else jobs
+    graded = batch.run(chosen, source, target.resolve(), grader, jobs, progress)
+    for path in summary.write(graded, progress):
+        progress.say(str(path))
+    progress.say(f"students: {summary.in_short(graded)}")
+    return 0 if graded.judged else NO_GRADE
+
+
+@verb(
     help={
         "lab": "which lab (default: all)",
         "only": "variants whose names match this regular expression",

@@ -27,7 +27,7 @@ from grader.experiment import Session
 from grader.grade import commit
 from grader.lab import Lab, LoadShape
 from grader.machine import CPU_MODEL, qemu_version
-from grader.progress import Progress
+from grader.progress import Progress, duration
 from grader.samples import Cell, Journal, Sample
 from grader.station import Built, Station, build_solution
 
@@ -168,15 +168,6 @@ class _Clock:
         whole = self._estimate if share < 0.05 else (self._spent / share)
         left = max(0.0, whole - self._spent)
         return f"{self.done} of {self.total}, about {duration(left)} left"
-
-
-def duration(seconds: float) -> str:
-    """Return a time for people."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
 
 
 def _sample(station: Station, cell: Cell, server: str, number: int, seed: int) -> Sample:

@@ -66,3 +66,12 @@ class Progress:
     def summary(self) -> str:
         """Return the time of each phase in one line, for example ``kernel 0.1 s, boot 1.9 s``."""
         return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.times.items())
+
+
+def duration(seconds: float) -> str:
+    """Return a time for people."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
