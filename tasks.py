@@ -289,7 +289,7 @@ def _tell(
 )
 def grade_all(_: Context, folder: str, lab: str = LAB, out: str = "", jobs: int = -1) -> int:
     """Grade a class; status 0 means that everybody has a grade."""
-    from grader import batch, summary
+    from grader import batch, page, summary
     from grader.lab import load_lab
     from grader.progress import Progress
 
@@ -300,7 +300,7 @@ def grade_all(_: Context, folder: str, lab: str = LAB, out: str = "", jobs: int 
     grader = batch.InvokeGrade(chosen)
     jobs = batch.default_jobs() if jobs < 0 else jobs
     graded = batch.run(chosen, source, target.resolve(), grader, jobs, progress)
-    for path in summary.write(graded, progress):
+    for path in summary.write(graded, progress, page.write):
         progress.say(str(path))
     progress.say(f"students: {summary.in_short(graded)}")
     return 0 if graded.judged else NO_GRADE
