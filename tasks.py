@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from grader.grade import Grade
     from grader.lab import Lab
 
-LAB = "1-batching"
+LAB = setup.usual_lab(setup.ROOT)
 REPORT_HELP = "FORMAT=PATH, again and again: junit, gradescope, prairielearn, autolab, html"
 EXPLAIN_HELP = "print what each check's points follow from, and why its steps are where they are"
 # Exit status of grade when this machine, not the submission, kept checks from being judged.
@@ -48,10 +48,18 @@ if not setup.is_current(setup.ROOT):
     setup.say("note: .venv is out of date; run   python3 tasks.py VERB   once")
 
 
-def verb(**options: Any) -> Callable[[Callable[..., int | None]], Task[Any]]:
-    """Make a function a task: its result is the exit status, a `UserError` no traceback."""
+def verb(
+    *, instructors: bool = False, **options: Any
+) -> Callable[[Callable[..., int | None]], Callable[..., Any]]:
+    """Make a function a task: its result is the exit status, a `UserError` no traceback.
 
-    def wrap(function: Callable[..., int | None]) -> Task[Any]:
+    One for `instructors` is no task in a handout, which does not have what it needs.
+    """
+
+    def wrap(function: Callable[..., int | None]) -> Callable[..., Any]:
+        if instructors and setup.is_handout(setup.ROOT):
+            return function
+
         @functools.wraps(function)
         def run(*arguments: Any, **named: Any) -> None:
             try:
@@ -86,13 +94,14 @@ def doctor(_: Context) -> int:
 )
 def build(_: Context, debug: bool = False, module_only: bool = False, lab: str = LAB) -> None:
     """Build kernel, module and guest programs."""
-    from grader import interactive, station
-    from grader.lab import load_lab
+    from grader import given, interactive, station
+    from grader.lab import LABS, load_lab
     from grader.progress import Progress
-    from kernel.build import build_kernel, build_module
+    from kernel.build import build_kernel, build_module, source_key
 
     chosen = load_lab(lab)
-    variant = interactive.choose_variant(chosen, "solution")
+    variant = interactive.choose_variant(chosen)
+    given.check_source(LABS, source_key())
     progress = Progress()
     with progress.phase("build"):
         kernel = build_kernel(debug, progress)
@@ -111,7 +120,7 @@ def build(_: Context, debug: bool = False, module_only: bool = False, lab: str =
 @verb(
     help={
         "smp": "number of virtual CPUs",
-        "variant": "whose lab files: starter or solution",
+        "variant": "whose lab files: mine (those in labs/), starter or solution",
         "gdb": "wait for gdb before the servers start",
         "debug": "the kernel with the checkers",
         "kvm": "use KVM (faster; never used for a grade)",
@@ -121,7 +130,7 @@ def build(_: Context, debug: bool = False, module_only: bool = False, lab: str =
 def boot(
     _: Context,
     smp: int = 4,
-    variant: str = "solution",
+    variant: str = "",
     gdb: bool = False,
     debug: bool = False,
     kvm: bool = False,
@@ -170,7 +179,7 @@ def load(
     iterable=["report"],
     help={
         "submission": "folder, .zip or .tar.gz with the lab's files (default: the lab's own)",
-        "variant": "grade the starter or the solution instead",
+        "variant": "grade mine (the files in labs/), starter or solution",
         "json": "write the result here as well",
         "report": REPORT_HELP,
         "explain": EXPLAIN_HELP,
@@ -191,12 +200,13 @@ def grade(
     seed: int = -1,
 ) -> int:
     """Grade; status 0 means graded, whatever the score."""
-    from grader import formats, interactive, results
+    from grader import formats, given, interactive, results
     from grader import grade as grading
     from grader import report as reporting
     from grader import variant as variants
-    from grader.lab import load_lab
+    from grader.lab import LABS, load_lab
     from grader.progress import Progress
+    from kernel.build import source_key
 
     if submission and variant:
         raise UsageError("--submission and --variant exclude each other", "leave one of them out")
@@ -209,14 +219,15 @@ def grade(
     if submission:
         what = variants.submission(chosen.folder, Path(submission))
     else:
-        what = interactive.choose_variant(chosen, variant or "solution")
+        what = interactive.choose_variant(chosen, variant)
+    given.check_source(LABS, source_key())
     progress = Progress()
     graded = grading.grade(chosen, what, seed=None if seed < 0 else seed, progress=progress)
     _tell(graded, chosen, json, reports, explain)
     progress.say(f"time: {progress.summary()}")
     again = f"invoke grade --lab {lab} --seed {graded.environment['seed']}"
     again += f" --check {check}" if check else ""
-    again += f" --submission {submission}" if submission else f" --variant {variant or 'solution'}"
+    again += f" --submission {submission}" if submission else f" --variant {what.name}"
     if folder := reporting.write_bundle(graded, again, setup.ROOT / "results"):
         progress.say(f"why: {folder} holds consoles, counters, and the command to run it again")
     return 0 if graded.judged else NO_GRADE

@@ -25,10 +25,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from grader import cache, setup
+from grader import cache, given, setup
+from grader.given import GivenError
+from grader.lab import LABS
 from grader.network import NetworkUnavailable, Sandbox
 from grader.probe import PluginUnavailable, plugin
-from kernel.build import DEBIAN_TARBALL, BuildError, tarball
+from kernel.build import DEBIAN_TARBALL, BuildError, source_key, tarball
 
 GB = 10**9
 # The kernel's source, unpacked and built once plainly and once with the checkers.
@@ -240,6 +242,20 @@ def kernel_source() -> Iterator[Finding]:
         yield Finding("kernel source", State.OK, f"{path} {which}".rstrip())
 
 
+def given_objects() -> Iterator[Finding]:
+    """Look, in a handout, whether the labs' objects are for this source of the kernel."""
+    if not setup.is_handout(setup.ROOT):
+        return
+    try:
+        given.check_source(LABS, source_key())
+    except GivenError as error:
+        yield Finding("given objects", State.BROKEN, error.problem, error.todo)
+    except BuildError:
+        return  # there is no source at all, as has been said
+    else:
+        yield Finding("given objects", State.OK, "are for this source of the kernel")
+
+
 def qemu() -> Iterator[Finding]:
     """Look at QEMU's version."""
     path = shutil.which("qemu-system-x86_64")
@@ -375,6 +391,7 @@ CHECKS: tuple[Check, ...] = (
     packages,
     compiler,
     kernel_source,
+    given_objects,
     qemu,
     qemu_plugin,
     kvm,

@@ -13,28 +13,32 @@ import psutil
 from rich.console import Console as Terminal
 from rich.table import Table
 
-from grader import cache
+from grader import cache, given
 from grader import variant as variants
 from grader.errors import UserError
-from grader.lab import Lab
+from grader.lab import LABS, Lab
 from grader.load import Load, LoadSpec, PhaseResult, Stalled, Stopped
 from grader.machine import Machine, MachineConfig, kvm_works
 from grader.network import Sandbox
 from grader.progress import Progress
-from grader.station import build, kernel_files
+from grader.station import build, kernel_files, library_files
 from images.build import GUEST
-from kernel.build import UAPI, Module, build_kernel, compile_commands
+from kernel.build import UAPI, Module, build_kernel, compile_commands, source_key
 
 SERVERS = "mp-server --batch --daemon --port 5000; epoll-server --daemon --port 5001"
 
 
-def choose_variant(lab: Lab, name: str) -> variants.Variant:
-    """Return the tree's variant of this name."""
-    if name == "solution":
-        return variants.solution(lab.folder)
-    if name == "starter":
-        return variants.starter(lab.folder)
-    raise UserError(f"there is no variant called {name}", "choose solution or starter")
+def choose_variant(lab: Lab, name: str = "") -> variants.Variant:
+    """Return the tree's variant of this name; without one, the usual variant."""
+    known = {
+        "mine": variants.mine,
+        "solution": variants.solution,
+        "starter": variants.starter,
+    }
+    choose = known.get(name or variants.usual(lab.folder))
+    if choose is None:
+        raise UserError(f"there is no variant called {name}", f"choose one of {', '.join(known)}")
+    return choose(lab.folder)
 
 
 def write_compile_commands(
@@ -42,7 +46,7 @@ def write_compile_commands(
 ) -> Path:
     """Write compile_commands.json for editors: the module's files and the guest's programs."""
     commands = compile_commands(module, kernel_files(lab, variant))
-    library = [variant.files[name] for name in lab.files if name not in lab.kernel_files]
+    library = [path for path in library_files(lab, variant) if path.suffix == ".c"]
     sources = [*GUEST.glob("*.c"), *GUEST.glob("*/*.c"), *library]
     flags = f"-std=gnu11 -O2 -pthread -I{UAPI} -I{GUEST / 'libmegapipe'} -I{GUEST}"
     commands += [
@@ -58,10 +62,12 @@ def boot(lab: Lab, variant: str, smp: int, gdb: bool, debug: bool, kvm: bool) ->
     """Boot a variant, start its servers, and give its console to this terminal."""
     if not 1 <= smp <= 16:
         raise UserError(f"--smp {smp}: a machine has 1 to 16 vCPUs", "choose --smp 4, say")
+    chosen = choose_variant(lab, variant)
+    given.check_source(LABS, source_key())
     progress = Progress()
     with progress.phase("build"):
         kernel = build_kernel(debug, progress)
-        built = build(lab, choose_variant(lab, variant), kernel)
+        built = build(lab, chosen, kernel)
     if kvm:
         works, why = kvm_works(kernel.vmlinux)
         if not works:
@@ -92,8 +98,8 @@ def boot(lab: Lab, variant: str, smp: int, gdb: bool, debug: bool, kvm: bool) ->
             input()
         machine.run(SERVERS)
         hint = (
-            f"\nLinux {kernel.release}, {smp} vCPUs, {variant}: mp-server --batch listens on port "
-            "5000, epoll-server on 5001.\n"
+            f"\nLinux {kernel.release}, {smp} vCPUs, {chosen.name}: mp-server --batch listens on "
+            "port 5000, epoll-server on 5001.\n"
             "Traffic, from another terminal:  invoke load     (or: invoke load --port 5001)\n"
             "Leave with Ctrl-] or `poweroff -f`.\n"
         )

@@ -40,6 +40,7 @@ LOCK_NAME = "megapipe.lock"
 SYSTEM_FOLDERS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 # These verbs only need Python.
 VERBS_WITHOUT_PACKAGES = frozenset({"clean", "doctor", "starter"})
+LAB = "1-batching"
 HELP = frozenset({"-h", "--help"})
 
 
@@ -95,6 +96,17 @@ PACKAGES = (
 def say(text: str) -> None:
     """Tell the user what is being done; on standard error, to keep the task's output clean."""
     print(text, file=sys.stderr, flush=True)
+
+
+def is_handout(root: Path) -> bool:
+    """Return whether a checkout is a students' repository (`grader.handout`)."""
+    return any(root.glob("labs/*/given"))
+
+
+def usual_lab(root: Path) -> str:
+    """Return the lab that a verb takes when none is named: in a handout its first."""
+    own = sorted(path.parts[-3] for path in root.glob("labs/*/given/starter"))
+    return own[0] if own and LAB not in own else LAB
 
 
 def add_system_folders() -> None:
@@ -469,8 +481,10 @@ def _child(
 def task_help(tasks: Path) -> dict[str, str]:
     """Return the verbs of a task file and the first line of each one's help.
 
-    Read from the source, because Invoke may not be there yet.
+    Read from the source, because Invoke may not be there yet. In a handout those for instructors
+    are left out.
     """
+    handout = is_handout(tasks.parent)
     functions = [
         node
         for node in ast.parse(tasks.read_text(encoding="utf-8")).body
@@ -479,8 +493,17 @@ def task_help(tasks: Path) -> dict[str, str]:
     return {
         function.name.replace("_", "-"): (ast.get_docstring(function) or "").split("\n")[0]
         for function in functions
-        if not function.name.startswith("_")
+        if not function.name.startswith("_") and not (handout and _for_instructors(function))
     }
+
+
+def _for_instructors(function: ast.FunctionDef) -> bool:
+    calls = [node for node in function.decorator_list if isinstance(node, ast.Call)]
+    return any(
+        keyword.arg == "instructors" and ast.literal_eval(keyword.value)
+        for call in calls
+        for keyword in call.keywords
+    )
 
 
 def main(arguments: Sequence[str], root: Path = ROOT) -> int:

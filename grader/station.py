@@ -9,13 +9,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from grader import given
 from grader.lab import LABS, Lab, known_labs, load_lab
 from grader.machine import Machine, MachineConfig
 from grader.probe import Probe, ProbeConfig, ProbeError, Symbols, sources
 from grader.probe.sharing import SharingProbe
 from grader.probe.stacks import StackProbe
 from grader.progress import Progress
-from grader.variant import Variant, solution
+from grader.variant import Variant, lab_of, solution, solved_file
 from images.build import Image, build_image, build_programs
 from kernel.build import (
     UAPI,
@@ -25,6 +26,7 @@ from kernel.build import (
     build_limit,
     build_module,
     module_lab_files,
+    source_key,
 )
 
 MEMORY_MIB = 512
@@ -51,7 +53,7 @@ def kernel_files(lab: Lab, variant: Variant) -> Mapping[str, Path]:
         if name in lab.kernel_files:
             files[name] = variant.files[name]
         else:
-            (files[name],) = LABS.glob(f"*/{name}")
+            files[name] = solved_file(lab_of(LABS, name), name)
     return files
 
 
@@ -62,7 +64,8 @@ def library_files(lab: Lab, variant: Variant) -> list[Path]:
         other = load_lab(name)
         for file in other.files:
             if file not in other.kernel_files:
-                files.append(variant.files[file] if name == lab.name else other.folder / file)
+                own = name == lab.name
+                files.append(variant.files[file] if own else solved_file(other.folder, file))
     return files
 
 
@@ -78,6 +81,7 @@ def build(lab: Lab, variant: Variant, kernel: Kernel) -> Built:
 
 def build_solution(lab: Lab, progress: Progress) -> Built:
     """Compile the lab's solution, and whatever it needs, as the phase ``build``."""
+    given.check_source(LABS, source_key())
     with progress.phase("build"):
         return build(lab, solution(lab.folder), build_kernel(progress=progress))
 

@@ -19,6 +19,10 @@ line, say what the student writes and what the starter has in its place::
 - Regions do not nest. A marker out of place, a misspelt one, a ``//|`` outside an ELSE part,
   anything else inside one, or a ``//|`` line that ends with a backslash (it would swallow the
   next) is a `MarkerError` that names the line.
+
+In a handout (`grader.handout`) a lab's folder has the student's own files, and beside them, in the
+folder `GIVEN`, what the solved files are no longer there for: ``starter/`` and ``solution/``. The
+latter holds C files or, for those who must not see them, objects (`grader.given`).
 """
 
 from __future__ import annotations
@@ -31,9 +35,12 @@ from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
 
-from grader import cache
+from grader import cache, given
 from grader.errors import UserError
 from grader.submission import read
+
+GIVEN = "given"
+"""The folder of a handout's lab that the student's own files do not lie in."""
 
 _MARKERS = {"BEGIN SOLUTION": "begin", "ELSE STARTER": "else", "END SOLUTION": "end"}
 _MARKER = re.compile(r"\s*/\* (BEGIN SOLUTION|ELSE STARTER|END SOLUTION) \*/\s*")
@@ -68,12 +75,14 @@ class _Part(Enum):
 @dataclass(frozen=True)
 class _Split:
     starter: str
+    solved: str
     regions: list[str]
 
 
 def _split(text: str, name: str) -> _Split:
     """Tell apart what the starter has and what the solution has."""
     starter: list[str] = []
+    solved: list[str] = []
     regions: list[list[str]] = []
     part = _Part.OUTSIDE
     begun = 0
@@ -100,9 +109,10 @@ def _split(text: str, name: str) -> _Split:
             raise MarkerError(name, number, f"a //| line {part.value}")
         else:
             (regions[-1] if part is _Part.SOLUTION else starter).append(line)
+            solved.append(line)
     if part is not _Part.OUTSIDE:
         raise MarkerError(name, begun, "BEGIN SOLUTION without END SOLUTION")
-    return _Split("\n".join(starter), ["\n".join(lines) for lines in regions])
+    return _Split("\n".join(starter), "\n".join(solved), ["\n".join(lines) for lines in regions])
 
 
 def _starter_line(line: str, name: str, number: int) -> str:
@@ -120,6 +130,11 @@ def starter_text(solved: str, name: str = "text") -> str:
     Raises `MarkerError`, which calls the text `name`.
     """
     return _split(solved, name).starter
+
+
+def solved_text(solved: str, name: str = "text") -> str:
+    """Return the solved text without the markers and without the starter's lines."""
+    return _split(solved, name).solved
 
 
 def solution_regions(text: str, name: str = "text") -> list[str]:
@@ -168,17 +183,65 @@ def _known_labs(folder: Path) -> str:
 
 
 def solution(lab: Path) -> Variant:
-    """Return the lab as it is kept: solved."""
-    return _variant("solution", {name: _existing(lab / name) for name in lab_files(lab)})
+    """Return the lab solved: as it is kept, or what a handout has in place of it."""
+    return _variant("solution", {name: solved_file(lab, name) for name in lab_files(lab)})
+
+
+def solved_file(lab: Path, name: str) -> Path:
+    """Return what stands for a lab's file, solved: a C file, or a folder of given objects."""
+    if not (lab / GIVEN).is_dir():
+        return _existing(lab / name)
+    folder = lab / GIVEN / "solution"
+    objects = folder / given.folder_name(name)
+    return objects if objects.is_dir() else _existing(folder / name)
+
+
+def lab_of(labs: Path, name: str) -> Path:
+    """Return the folder of the lab, of those in `labs`, that a file of this name belongs to."""
+    for lab in sorted(labs.iterdir()):
+        folder = lab / GIVEN / "solution"
+        places = (lab / name, folder / name, folder / given.folder_name(name))
+        if any(path.exists() for path in places):
+            return lab
+    raise UserError(f"no lab in {labs} has {name}", "restore it: git checkout -- labs")
 
 
 def starter(lab: Path) -> Variant:
-    """Return the lab as students get it, generated from the solved files."""
+    """Return the lab as students get it: generated from the solved files, or a handout's own."""
+    names = lab_files(lab)
+    if (lab / GIVEN).is_dir():
+        _check_handed_out(lab)
+        return _variant("starter", {name: _existing(starter_file(lab, name)) for name in names})
     texts = {
         name: starter_text(_existing(lab / name).read_text(encoding="utf-8"), f"{lab.name}/{name}")
-        for name in lab_files(lab)
+        for name in names
     }
     return _stored("starter", {name: text.encode() for name, text in texts.items()})
+
+
+def starter_file(lab: Path, name: str) -> Path:
+    """Return where a handout keeps the starter of a file that is the student's from then on."""
+    return lab / GIVEN / "starter" / name
+
+
+def mine(lab: Path) -> Variant:
+    """Return the files as they lie in the lab's folder: in a handout the student's work."""
+    _check_handed_out(lab)
+    return _variant("mine", {name: _existing(lab / name) for name in lab_files(lab)})
+
+
+def usual(lab: Path) -> str:
+    """Return the name of the variant that is meant when none is named."""
+    return "mine" if (lab / GIVEN).is_dir() else "solution"
+
+
+def _check_handed_out(lab: Path) -> None:
+    if (lab / GIVEN).is_dir() and not (lab / GIVEN / "starter").is_dir():
+        there = ", ".join(sorted(path.parts[-3] for path in lab.parent.glob("*/given/starter")))
+        raise UserError(
+            f"{lab.name} is here only as other labs need it, not to be worked on",
+            f"name one of the labs of this handout: --lab {there}",
+        )
 
 
 def submission(lab: Path, path: Path) -> Variant:

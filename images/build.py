@@ -16,7 +16,7 @@ from pathlib import Path
 
 from elftools.elf.elffile import ELFFile
 
-from grader import cache
+from grader import cache, given
 from grader.errors import UserError
 
 GUEST = Path(__file__).parent / "guest"
@@ -62,9 +62,10 @@ def build_programs(
     """Return a folder whose ``bin/`` holds the guest's programs, statically linked.
 
     `library_sources` are the C files of libmegapipe that lie outside its own folder (a
-    student's). `header_dir` is where the kernel's interface, megapipe.h, lies. `kernel_uapi` is
-    include/uapi of the kernel's source, from which `KERNEL_HEADERS` are taken.
-    Raises `CompileError` if a file does not compile, `BuildError` if a tool is missing.
+    student's), or folders of given objects. `header_dir` is where the kernel's interface,
+    megapipe.h, lies. `kernel_uapi` is include/uapi of the kernel's source, from which
+    `KERNEL_HEADERS` are taken. Raises `CompileError` if a file does not compile, `BuildError` if
+    a tool is missing, `grader.given.GivenError` if no object fits.
     """
     kernel_headers = {name: kernel_uapi / name for name in KERNEL_HEADERS} if kernel_uapi else {}
     for path in (*library_sources, header_dir, *kernel_headers.values()):
@@ -72,6 +73,8 @@ def build_programs(
             raise BuildError(
                 f"{path} does not exist", "the guest's programs need it: check the path"
             )
+    fitting = made_for(header_dir)
+    library_sources = [given.choose(path, fitting) for path in library_sources]
     if len({source.name for source in library_sources}) < len(library_sources):
         raise BuildError("two library sources have the same file name", "rename one")
     parts: list[str | bytes | Path] = [_compiler()]
@@ -88,6 +91,21 @@ def build_programs(
         cache.digest(*parts),
         functools.partial(_make_programs, tuple(library_sources), header_dir, kernel_headers),
     )
+
+
+def made_for(header_dir: Path) -> dict[str, str]:
+    """Return what an object of the library is compiled against: see `grader.given`.
+
+    Not the compiler and not the C library: how functions call each other is the platform's ABI.
+    """
+    headers = [*sorted((GUEST / "libmegapipe").glob("*.h")), *sorted(header_dir.glob("*.h"))]
+    named = (part for path in headers for part in (path.name, path))
+    return {given.LIBRARY_HEADERS: cache.digest(*named)}
+
+
+def library_object(programs: Path, source: Path) -> Path:
+    """Return the object that `build_programs` has made of one of its library sources."""
+    return programs / "obj" / "given" / f"{source.stem}.o"
 
 
 def _sources(folder: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from grader import cache
+from grader import cache, given
 from grader.errors import UserError
 from grader.progress import Progress
 
@@ -32,9 +32,11 @@ COMMANDS = "compile_commands.json"
 
 # What a build leaves that neither the module nor a debugger needs.
 _LEFTOVERS = ("*.o", "*.a", "*.cmd", ".tmp_vmlinux*", "vmlinux.unstripped")
+_MODULE_LEFTOVERS = frozenset({".o", ".o_shipped", ".cmd", ".mod"})
 # Go into the keys: raise them when the steps below change what they make.
 _RECIPE = "1"
 _MODULE_RECIPE = "4"
+_OBJECTS_RECIPE = "2"
 # Lines that one build prints (6.12.117); only the progress line rests on it.
 _EXPECTED_STEPS = 2410
 
@@ -161,8 +163,7 @@ def build_kernel(debug: bool = False, progress: Progress | None = None) -> Kerne
     progress = progress or Progress(quiet=True)
     archive = tarball()
     fragments = [CONFIG / "lab.config"] + ([CONFIG / "debug.config"] if debug else [])
-    archive_digest = _archive_digest(archive)
-    source_key = cache.digest(_RECIPE, archive_digest, PATCHES)
+    source_key = _source_key(archive)
     key = cache.digest(source_key, CONFIG / "debian-cloud.config", *fragments, _compiler())
     final = cache.root() / "kernel" / key
     source = cache.root() / "source" / source_key / "linux"
@@ -184,6 +185,15 @@ def build_kernel(debug: bool = False, progress: Progress | None = None) -> Kerne
         debug=debug,
         key=key,
     )
+
+
+def source_key() -> str:
+    """Return the digest of all that the kernel's source is made of; raises `BuildError`."""
+    return _source_key(tarball())
+
+
+def _source_key(archive: Path) -> str:
+    return cache.digest(_RECIPE, _archive_digest(archive), PATCHES)
 
 
 def _unpack(key: str, archive: Path, progress: Progress) -> Path:
@@ -310,7 +320,8 @@ def module_lab_files() -> tuple[str, ...]:
 def build_module(kernel: Kernel, files: Mapping[str, Path]) -> Module:
     """Build megapipe.ko with the labs' kernel files (name -> file), one for each name.
 
-    Errors: `ModuleError` with the compiler's text if it does not compile.
+    A file is C, or a folder of given objects. Errors: `ModuleError` with the compiler's text if it
+    does not compile; `grader.given.GivenError` if no object fits this kernel.
     """
     return _build_module(kernel, "megapipe", MODULE, files)
 
@@ -324,39 +335,100 @@ def build_limit(kernel: Kernel) -> Module:
 
 
 def _build_module(kernel: Kernel, name: str, source: Path, files: Mapping[str, Path]) -> Module:
-    sources = sorted(path for path in source.rglob("*") if path.is_file())
-    key = cache.digest(
-        _MODULE_RECIPE,
-        kernel.key,
-        source,
-        *(part for file in sorted(files) for part in (file, files[file].read_bytes())),
-    )
+    chosen = {file: given.choose(path, made_for(kernel)) for file, path in files.items()}
+    key = _module_key(kernel, source, chosen)
 
     def make(folder: Path) -> None:
-        for path in sources:
-            target = folder / path.relative_to(source)
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, target)
-        for file, path in files.items():
-            shutil.copyfile(path, folder / file)
-        done = subprocess.run(
-            ["make", "-s", "-C", str(kernel.build), f"M={folder}", f"-j{os.cpu_count() or 1}"],
-            capture_output=True,
-            text=True,
-            check=False,
-            # The kernel's makefiles drop LC_ALL, and the compiler then takes the next.
-            env={**os.environ, "LC_ALL": "C", "LC_CTYPE": "C", "LC_MESSAGES": "C"},
-        )
-        if done.returncode:
-            lines = (done.stdout + done.stderr).replace(f"{folder}/", "").splitlines()
-            # What make adds names files that its reader has never seen.
-            raise ModuleError("\n".join(line for line in lines if not line.startswith("make")))
+        _compile_module(kernel, source, chosen, folder)
         (folder / COMMANDS).write_text(json.dumps(_compile_commands(kernel, folder), indent=1))
         for path in folder.iterdir():
-            if path.suffix in {".o", ".cmd", ".mod"} or path.name.startswith("."):
+            if path.suffix in _MODULE_LEFTOVERS or path.name.startswith("."):
                 path.unlink()
 
     return Module(cache.entry("module", key, make) / f"{name}.ko", key)
+
+
+def _module_key(kernel: Kernel, source: Path, files: Mapping[str, Path]) -> str:
+    contents = (part for file in sorted(files) for part in (file, files[file].read_bytes()))
+    return cache.digest(_MODULE_RECIPE, kernel.key, source, *contents)
+
+
+def _compile_module(kernel: Kernel, source: Path, files: Mapping[str, Path], folder: Path) -> None:
+    """Make the module in `folder`, which keeps all that the build leaves."""
+    for path in sorted(path for path in source.rglob("*") if path.is_file()):
+        target = folder / path.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
+    for file, path in files.items():
+        # Kbuild copies what is called .o_shipped, and compiles nothing.
+        shipped = f"{Path(file).stem}.o_shipped" if path.suffix == ".o" else file
+        shutil.copyfile(path, folder / shipped)
+    done = subprocess.run(
+        ["make", "-s", "-C", str(kernel.build), f"M={folder}", f"-j{os.cpu_count() or 1}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        # The kernel's makefiles drop LC_ALL, and the compiler then takes the next.
+        env={**os.environ, "LC_ALL": "C", "LC_CTYPE": "C", "LC_MESSAGES": "C"},
+    )
+    if done.returncode:
+        lines = (done.stdout + done.stderr).replace(f"{folder}/", "").splitlines()
+        # What make adds names files that its reader has never seen.
+        raise ModuleError("\n".join(line for line in lines if not line.startswith("make")))
+
+
+# --- the labs' files as objects ---------------------------------------------------------------
+
+# Options that describe the tools on the machine that built the kernel. What one of them makes of
+# the kernel has an option of its own (CC_HAS_SLS: MITIGATION_SLS). Plugins of gcc are no such
+# tools: one of them shuffles the members of structures.
+_TOOL_OPTION = re.compile(r"CONFIG_(CC|GCC(?!_PLUGIN)|CLANG|AS|LD|LLD|RUST|RUSTC|PAHOLE|TOOLS)_")
+
+
+def made_for(kernel: Kernel) -> dict[str, str]:
+    """Return what an object of the module is compiled against: see `grader.given`.
+
+    Layouts, inline functions and macros come from the kernel's source, its configuration and the
+    module's headers, and nothing else matters to an object. Not the compiler: how functions call
+    each other is the platform's ABI, and Kbuild, too, only warns of a module that another compiler
+    has made. So `Kernel.key`, which has the compiler in it, would be too narrow: a security update
+    of gcc, or a rustc beside it, would make every handout useless.
+    """
+    options = read_config((kernel.build / ".config").read_text().splitlines())
+    own = sorted(item for item in options.items() if not _TOOL_OPTION.match(item[0]))
+    headers = sorted(MODULE.rglob("*.h"))
+    named = (part for path in headers for part in (path.name, path))
+    return {
+        given.KERNEL_SOURCE: kernel.source.parent.name,
+        given.KERNEL_CONFIGURATION: cache.digest(*(f"{name}={value}" for name, value in own)),
+        given.MODULE_HEADERS: cache.digest(*named),
+    }
+
+
+def build_objects(kernel: Kernel, files: Mapping[str, Path]) -> dict[str, Path]:
+    """Return the objects of the labs' kernel files, as they are before they are linked.
+
+    `files` are all of them, as for `build_module`. The objects hold no path of this machine.
+    """
+    key = cache.digest(_OBJECTS_RECIPE, _module_key(kernel, MODULE, files))
+
+    def make(folder: Path) -> None:
+        _compile_module(kernel, MODULE, files, folder)
+        # KASAN's descriptions have the path in them whatever -ffile-prefix-map says. As long as
+        # before, for what follows must stay where it is.
+        here = f"{folder}/".encode()
+        nowhere = (b"./" * len(here))[-len(here) :]
+        wanted = {f"{Path(file).stem}.o" for file in files}
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name in wanted:
+                path.write_bytes(path.read_bytes().replace(here, nowhere))
+            else:
+                path.unlink()
+
+    folder = cache.entry("objects", key, make)
+    return {file: folder / f"{Path(file).stem}.o" for file in files}
 
 
 def _compile_commands(kernel: Kernel, folder: Path) -> list[dict[str, str]]:

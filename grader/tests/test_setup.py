@@ -404,6 +404,19 @@ def test_the_listing_and_invoke_name_the_same_verbs() -> None:
         assert text in done.stdout
 
 
+def test_a_handout_has_no_verbs_of_instructors(tmp_path: Path) -> None:
+    tasks = tmp_path / "tasks.py"
+    tasks.write_text(
+        "@verb(instructors=True)\ndef prove(): ...\n@verb(instructors=False)\ndef grade(): ...\n"
+        "@verb()\ndef boot(): ...\n"
+    )
+    assert list(setup.task_help(tasks)) == ["prove", "grade", "boot"]
+    assert not setup.is_handout(tmp_path)
+    (tmp_path / "labs" / "2-test" / "given" / "starter").mkdir(parents=True)
+    assert setup.is_handout(tmp_path)
+    assert list(setup.task_help(tasks)) == ["grade", "boot"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "error"),
     [

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from grader import given
+from grader.given import GivenError, GivenObject
 from images import build
 
 HELLO = "#include <megapipe_abi.h>\n#include <stdio.h>\nint main(void) { return mp_answer(); }\n"
@@ -63,6 +65,21 @@ def test_a_folder_with_a_main_is_one_program_of_all_its_files(guest: Path) -> No
     assert subprocess.run([built / "bin" / "several"], check=False).returncode == 7
     (folder / "several.h").write_text("int other(void); /* changed */\n")
     assert programs(guest) != built
+
+
+def test_a_given_object_takes_the_place_of_its_source(guest: Path) -> None:
+    source, uapi = guest / "student" / "flush.c", guest / "uapi"
+    code = build.library_object(programs(guest), source).read_bytes()
+    # Nothing of the compiler's own language, which only the same version of it reads.
+    assert b".gnu.lto" not in code
+    folder = guest / "student" / given.folder_name("flush.c")
+    given.write(folder, "", [GivenObject("library", code, build.made_for(uapi))])
+    source.unlink()
+    built = build.build_programs([folder], uapi)
+    assert subprocess.run([built / "bin" / "hello"], check=False).returncode == 42
+    (guest / "libmegapipe" / "new.h").write_text("struct mp_changed { int x; };\n")
+    with pytest.raises(GivenError, match="libmegapipe"):
+        build.build_programs([folder], uapi)
 
 
 def test_a_changed_header_is_built_again(guest: Path, tmp_path: Path) -> None:

@@ -6,7 +6,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from elftools.elf.constants import SH_FLAGS
+from elftools.elf.elffile import ELFFile
 
+from grader import given
 from kernel import build
 
 DEBIAN = build.read_config((build.CONFIG / "debian-cloud.config").read_text().splitlines())
@@ -118,6 +121,47 @@ def test_an_archive_that_is_no_kernel_is_refused_and_leaves_nothing(
     assert left == []
 
 
+def _kernel(folder: Path, config: str) -> build.Kernel:
+    out = folder / "out"
+    out.mkdir(parents=True, exist_ok=True)
+    (out / ".config").write_text(config)
+    source = folder / "0123" / "linux"
+    return build.Kernel(out / "vmlinux", out / "System.map", out, source, "6.12.1", False, "key")
+
+
+@pytest.mark.parametrize(
+    ("line", "matters"),
+    [
+        ('CONFIG_CC_VERSION_TEXT="gcc (Debian 13.3.0-1) 13.3.0"', False),
+        ("CONFIG_CC_HAS_COUNTED_BY=y", False),
+        ("CONFIG_RUSTC_VERSION=109500", False),
+        ("CONFIG_AS_VERSION=24000", False),
+        ("CONFIG_GCC_PLUGIN_RANDSTRUCT=y", True),
+        ("CONFIG_MITIGATION_SLS=y", True),
+        ("CONFIG_DEBUG_SPINLOCK=y", True),
+        ("# CONFIG_SMP is not set", True),
+    ],
+)
+def test_what_an_object_is_compiled_against(tmp_path: Path, line: str, matters: bool) -> None:
+    plain = build.made_for(_kernel(tmp_path, "CONFIG_SMP=y\n"))
+    other = build.made_for(_kernel(tmp_path, f"CONFIG_SMP=y\n{line}\n"))
+    assert (plain != other) == matters
+    assert plain[given.KERNEL_SOURCE] == other[given.KERNEL_SOURCE] == "0123"
+
+
+def test_headers_of_the_module_matter_to_an_object(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = _kernel(tmp_path, "CONFIG_SMP=y\n")
+    monkeypatch.setattr(build, "MODULE", tmp_path / "module")
+    (tmp_path / "module").mkdir()
+    seen = [build.made_for(kernel)]
+    for name, text in (("a.h", "int x;"), ("a.h", "int y;"), ("a.c", "int y;")):
+        (tmp_path / "module" / name).write_text(text)
+        seen.append(build.made_for(kernel))
+    assert seen[0] != seen[1] != seen[2] == seen[3]
+
+
 def test_the_module_builds_and_tells_editors_how(kernel: build.Kernel) -> None:
     module = build.build_module(kernel, LAB_FILES)
     commands = build.compile_commands(module, LAB_FILES)
@@ -133,6 +177,30 @@ def test_the_module_builds_and_tells_editors_how(kernel: build.Kernel) -> None:
             check=False,
         )
         assert done.returncode == 0, done.stderr
+
+
+def _code(ko: Path) -> dict[str, bytes]:
+    """Return a module's code, and the tables that say something of each of its places."""
+    with ko.open("rb") as file:
+        parts = list(ELFFile(file).iter_sections())
+        executed = [part for part in parts if part["sh_flags"] & SH_FLAGS.SHF_EXECINSTR]
+        tables = [part for part in parts if part.name.endswith(("_sites", "mcount_loc", "_unwind"))]
+        return {part.name: part.data() for part in (*executed, *tables)}
+
+
+def test_a_module_of_given_objects_has_the_same_code(kernel: build.Kernel, tmp_path: Path) -> None:
+    folders = {}
+    for name, path in build.build_objects(kernel, LAB_FILES).items():
+        code = given.neutral(path.read_bytes(), ())
+        folders[name] = tmp_path / given.folder_name(name)
+        objects = [given.GivenObject("kernel", code, build.made_for(kernel))]
+        given.write(folders[name], "", objects)
+    module, other = build.build_module(kernel, LAB_FILES), build.build_module(kernel, folders)
+    assert module.key != other.key
+    assert _code(module.ko) == _code(other.ko)
+    assert {".text", ".return_sites", ".orc_unwind"} <= set(_code(other.ko))
+    compiled = {Path(entry["file"]).name for entry in build.compile_commands(other, folders)}
+    assert "main.c" in compiled and "mp_batch.c" not in compiled
 
 
 def test_the_labs_files_are_known_from_kbuild() -> None:
