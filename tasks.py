@@ -505,3 +505,16 @@ def starter(_: Context, folder: str, lab: str = LAB) -> None:
 
     for path in variant.write_starter(setup.ROOT / "labs" / lab, Path(folder)):
         print(path)
+
+
+@verb(
+    help={
+        "lab": "which lab",
+        "out": "the archive (default: <lab>-submission.tar.gz in this folder)",
+    }
+)
+def submit(_: Context, lab: str = LAB, out: str = "") -> None:
+    """Pack the lab's files for handing in; say what was left out."""
+    from grader import submit as module
+
+    module.run(setup.ROOT, setup.ROOT / "labs" / lab, Path(out or f"{lab}-submission.tar.gz"))

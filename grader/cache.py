@@ -75,14 +75,14 @@ def locked(name: str, waiting: Callable[[], None] | None = None) -> Iterator[Non
         lock.release()
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it holds the old text or the new one, however this ends."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that it holds the old content or the new one, however this ends."""
     with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8"
+        dir=path.parent, prefix=f".{path.name}.", delete=False
     ) as file:
         partial = Path(file.name)
         try:
-            file.write(text)
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
             partial.chmod(0o644)

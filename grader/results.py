@@ -34,10 +34,10 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"{folder}: {error.strerror}", "free space, or make it writable") from error
 
 
-def write(path: Path, text: str) -> None:
+def write(path: Path, content: str | bytes) -> None:
     """Write a result: whole or not at all. Raises `UserError`."""
     try:
-        cache.write_whole(path, text)
+        cache.write_whole(path, content)
     except OSError as error:
         raise UserError(
             f"{path} cannot be written: {error.strerror}", "free space, or name another file"

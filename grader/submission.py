@@ -3,12 +3,20 @@
 Only the lab's own files are taken, found by their base names wherever they lie; the rest is
 ignored and listed. Nothing that an archive says about itself is believed: everything is unpacked
 in memory under limits, looked at, and written only once all of it is in order.
+
+What `invoke submit` packs has a manifest besides, `MANIFEST`; an archive without one is as good.
+What it says of the files must be so, for else they are not what the student has packed.
+
+A whole handout may be handed in as well: what it has in its folders called ``given`` is nobody's
+work, and ignored.
 """
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
+import json
 import lzma
 import os
 import re
@@ -38,6 +46,10 @@ MAX_TAR_HEADER = 4 << 10
 MAX_TAR_HEADERS = 128 << 10
 XZ_MEMORY = 128 << 20
 CHUNK = 64 << 10
+MANIFEST = "megapipe-submission.json"
+MANIFEST_VERSION = 1
+# The folder of a handout's lab where starter and solution are (`grader.variant.GIVEN`).
+GIVEN = "given"
 TAR_BLOCK = 512
 
 
@@ -135,15 +147,13 @@ class _Found:
         )
 
     def wants(self, name: str) -> bool:
-        return _base(name) in self.wanted
+        *folders, base = name.rstrip("/").split("/")
+        return (base in self.wanted or base == MANIFEST) and GIVEN not in folders
 
     def take(self, name: str, data: bytes) -> None:
         base = _base(name)
         self.places.setdefault(base, []).append(name)
-        if len(data) > MAX_FILE:
-            raise SubmissionError(
-                f"{shown(name)} is larger than {MAX_FILE >> 10} KiB", "hand in source code only"
-            )
+        _check_file_size(name, data)
         self.data[base] = data
 
     def ignore(self, name: str) -> None:
@@ -166,20 +176,72 @@ class _Found:
         ignored = self.ignored
         if self.ignored_count > len(ignored):
             ignored = [*ignored, f"... and {self.ignored_count - len(ignored)} more"]
+        manifest = _Manifest.read(self.data.pop(MANIFEST)) if MANIFEST in self.data else None
         if absent := [name for name in self.wanted if name not in self.data]:
             there = f" (found only: {', '.join([*self.data, *ignored])})" if ignored else ""
+            there += f"; it was packed for lab {shown(manifest.lab)}" if manifest else ""
             raise SubmissionError(
                 f"{shown(self.path)} lacks {', '.join(absent)}{there}",
                 f"{' and '.join(self.wanted)} must be there under exactly these names; "
                 f"{self.packing}",
             )
         for name in self.wanted:
-            _check_text(self.places[name][0], self.data[name])
+            check(self.places[name][0], self.data[name])
+            if manifest:
+                manifest.check(name, self.data[name])
         return Contents({name: self.data[name] for name in self.wanted}, ignored)
 
 
 def _base(name: str) -> str:
     return name.rstrip("/").rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """What `invoke submit` says that it has packed."""
+
+    lab: str
+    sha256: Mapping[str, str]
+
+    @classmethod
+    def read(cls, data: bytes) -> _Manifest:
+        again = "pack it anew with   invoke submit"
+        try:
+            document = json.loads(data)
+            version = document["version"]
+            hashes = {str(entry["name"]): str(entry["sha256"]) for entry in document["files"]}
+            lab = str(document["lab"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise SubmissionError(
+                f"{MANIFEST} is not as `invoke submit` writes it", again
+            ) from None
+        if version != MANIFEST_VERSION:
+            raise SubmissionError(
+                f"{MANIFEST} is of version {shown(str(version))}, not {MANIFEST_VERSION}",
+                "pack and grade with the same version of the lab",
+            )
+        return cls(lab, hashes)
+
+    def check(self, name: str, data: bytes) -> None:
+        """Raise `SubmissionError` if a file is not the one that was packed."""
+        if self.sha256.get(name) != hashlib.sha256(data).hexdigest():
+            raise SubmissionError(
+                f"{name} is not the file that {MANIFEST} was made for (SHA-256)",
+                "pack it anew with   invoke submit   and hand in what it writes, unchanged",
+            )
+
+
+def check(name: str, data: bytes) -> None:
+    """Raise `SubmissionError` if a file of this content would be refused, whatever holds it."""
+    _check_file_size(name, data)
+    _check_text(name, data)
+
+
+def _check_file_size(name: str, data: bytes) -> None:
+    if len(data) > MAX_FILE:
+        raise SubmissionError(
+            f"{shown(name)} is larger than {MAX_FILE >> 10} KiB", "hand in source code only"
+        )
 
 
 def _check_text(name: str, data: bytes) -> None:
@@ -230,7 +292,7 @@ def _from_folder(top: Path, found: _Found) -> None:
 
 
 def _from_entry(shown_as: str, name: str, folder: int, found: _Found) -> None:
-    if not found.wants(name):
+    if not found.wants(shown_as):
         found.ignore(shown_as)
         return
     if stat.S_ISLNK(os.lstat(name, dir_fd=folder).st_mode):
