@@ -288,6 +288,7 @@ def _tell(
 
 
 @verb(
+    instructors=True,
     positional=["folder"],
     help={
         "folder": "of submissions: folders or archives, or an export of Gradescope or Moodle",
@@ -318,11 +319,12 @@ def grade_all(_: Context, folder: str, lab: str = LAB, out: str = "", jobs: int 
 
 
 @verb(
+    instructors=True,
     help={
         "lab": "which lab (default: all)",
         "only": "variants whose names match this regular expression",
         "list_": "say what there is, grade nothing",
-    }
+    },
 )
 def prove(_: Context, lab: str = "", only: str = "", list_: bool = False) -> int:
     """Grade solution, starter and every mutant of the labs: each must lose its own checks."""
@@ -518,3 +520,34 @@ def submit(_: Context, lab: str = LAB, out: str = "") -> None:
     from grader import submit as module
 
     module.run(setup.ROOT, setup.ROOT / "labs" / lab, Path(out or f"{lab}-submission.tar.gz"))
+
+
+@verb(
+    instructors=True,
+    positional=["folder"],
+    help={
+        "folder": "where to make it; must not exist, or be empty",
+        "labs": "a list of the labs that students work on (default: all)",
+        "source": "a list of labs whose solution is given as source; of the others only as objects",
+        "uncommitted": "hand out lab files as they are, though they differ from the last commit",
+    },
+)
+def handout(
+    _: Context, folder: str, labs: str = "", source: str = "", uncommitted: bool = False
+) -> None:
+    """Make the students' repository, without solutions."""
+    from grader import handout as module
+    from grader.progress import Progress
+
+    module.make(
+        setup.ROOT,
+        Path(folder),
+        labs=_words(labs),
+        source=_words(source),
+        uncommitted=uncommitted,
+        progress=Progress(),
+    )
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
