@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import pytest
 
 from grader import batch, checks, points, report, setup
 from grader.batch import GradedClass
@@ -117,3 +118,10 @@ def _solved() -> Grade:
         phases={},
         table=points.table(LAB),
     )
+
+
+@pytest.fixture
+def course(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Course:
+    """A class with a cache of its own, and nothing handed in yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return Course(tmp_path)

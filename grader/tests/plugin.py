@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from grader.tests.course import Course
 from images import build as images
 from kernel.build import Kernel, build_kernel
 
@@ -59,10 +58,3 @@ def agent_image(tmp_path_factory: pytest.TempPathFactory) -> images.Image:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(images, "GUEST", guest)
         return images.build_image(images.build_programs([], guest), [])
-
-
-@pytest.fixture
-def course(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Course:
-    """A class with a cache of its own, and nothing handed in yet."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return Course(tmp_path)

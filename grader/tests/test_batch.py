@@ -26,6 +26,8 @@ from grader.tests.course import LAB, Course
 from grader.variant import Variant
 from kernel.build import Kernel
 
+pytest_plugins = ("grader.tests.course",)
+
 SECONDS = 30.0
 
 

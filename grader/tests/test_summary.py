@@ -17,6 +17,8 @@ from grader.progress import Progress
 from grader.submission import shown
 from grader.tests.course import LAB, Course
 
+pytest_plugins = ("grader.tests.course",)
+
 QUIET = Progress(quiet=True)
 OWN = """
 static int fold(const char *bytes, int length)
