@@ -111,6 +111,8 @@ class Lab:
     checks: tuple[Check, ...]
     active_check: str
     active_share: float
+    partial: bool = False
+    """Some of its checks alone, see `only`: what they give is no grade."""
 
     @property
     def max_score(self) -> float:
@@ -140,7 +142,7 @@ class Lab:
             for id, title in self.rubrics.items()
             if any(check.rubric == id for check in checks)
         }
-        return replace(self, checks=checks, rubrics=rubrics)
+        return replace(self, checks=checks, rubrics=rubrics, partial=True)
 
 
 def known_labs() -> list[str]:

@@ -22,8 +22,11 @@ from grader.lab import Check, Lab
 def regrade(document: Mapping[str, Any], lab: Lab) -> Grade:
     """Return the grade that the evidence of a result file is worth under `lab`.
 
-    Raises `UserError` if a check of the lab has not been measured like that.
+    Of a result of some checks alone, these. Raises `UserError` if one has not been measured like
+    that.
     """
+    if only := document["environment"].get("only"):
+        lab = lab.only(only)
     table = points.table(lab)
     if missing := points.not_measured(document["table"], table):
         raise UserError(

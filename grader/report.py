@@ -116,7 +116,8 @@ def table(grade: Grade, lab: Lab, console: Console) -> None:
     if not grade.judged:
         console.print(Text("Some checks could not be judged on this machine: this is not a score."))
     else:
-        console.print(Text(f"score {grade.score:g} of {grade.max_score:g}", "bold"))
+        what = "these checks alone, which is no grade:" if lab.partial else "score"
+        console.print(Text(f"{what} {grade.score:g} of {grade.max_score:g}", "bold"))
 
 
 def _counts(result: CheckResult) -> str:

@@ -160,11 +160,13 @@ def test_a_broken_submission_gets_its_verdict(
 ) -> None:
     assert kernel.vmlinux.is_file()
     variant = variants.submission(LAB.folder, _submission(broken, tmp_path))
-    graded = grade(LAB, variant, seed=3)
+    # Without the debug kernel, which has nothing to say here.
+    lab = LAB.only([check.id for check in LAB.checks if not check.debug])
+    graded = grade(lab, variant, seed=3)
     verdicts = {result.verdict for result in graded.checks}
     assert broken.verdict in verdicts
     assert verdicts <= {broken.verdict, "pass", "fail"}
-    assert graded.score < LAB.max_score
+    assert graded.score < lab.max_score
     worst = [result for result in graded.checks if result.verdict == broken.verdict]
     assert any(broken.reason in result.reason for result in worst), worst
     assert all(result.next_step for result in worst)

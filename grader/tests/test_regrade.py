@@ -175,3 +175,16 @@ def test_the_verb_prints_the_table_and_writes_what_it_is_asked_for(tmp_path: Pat
 
 def _points(result: dict[str, Any]) -> dict[str, float]:
     return {check["id"]: check["points"] for check in result["checks"]}
+
+
+def test_some_checks_alone_stay_alone() -> None:
+    whole = document()
+    alone = {
+        **whole,
+        "environment": {**whole["environment"], "only": ["serve-one"]},
+        "checks": [row for row in whole["checks"] if row["id"] == "serve-one"],
+        "table": points.table(LAB.only(["serve-one"])),
+    }
+    again = regrade.regrade(alone, LAB)
+    assert [result.id for result in again.checks] == ["serve-one"]
+    assert again.score == again.max_score == _check("serve-one").max_points
