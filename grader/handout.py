@@ -370,10 +370,9 @@ def make(
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
         raise
-    progress.say(
-        f"{target}: {', '.join(what.labs)}; {len(what.copied)} files, and none of "
-        f"{len(secrets.needles)} parts of solutions in any of them"
-    )
+    progress.say(f"{target}: {', '.join(what.labs)}; {len(what.copied)} files from this tree")
+    if count := len(secrets.needles):
+        progress.say(f"looked for {count} parts of solutions in all of it: none is there")
     if made.objects:
         progress.say(f"its objects are for {made.origin}")
 
