@@ -41,7 +41,6 @@ def _case(loses: set[str], may_lose: set[str] | None = None, points: float | Non
 def test_every_mutant_applies_and_every_check_is_lost_by_one(lab: Lab) -> None:
     names = {check.id for check in lab.checks}
     found = prove.mutants(lab)
-    assert len(found) >= 12
     assert sum(mutant.race for mutant in found) * 2 >= len(found)
     solved = variants.solution(lab.folder)
     keys = {prove.variant_of(lab, mutant).key for mutant in found}
