@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from grader import cache, given, setup
+from grader import cache, confined, given, setup
 from grader.given import GivenError
 from grader.lab import LABS
 from grader.network import NetworkUnavailable, Sandbox
@@ -334,6 +334,24 @@ def network() -> Iterator[Finding]:
         yield Finding("namespaces", State.OK, "a tap with two queues was made in one")
 
 
+def confinement() -> Iterator[Finding]:
+    """Run something where students' files are compiled."""
+    try:
+        done = confined.run(["gcc", "--version"], {}, [])
+    except confined.Unavailable as error:
+        yield Finding("confinement", State.BROKEN, error.problem, error.todo)
+        return
+    if done.status == 0:
+        yield Finding("confinement", State.OK, "gcc runs apart from the rest of the machine")
+    else:
+        yield Finding(
+            "confinement",
+            State.BROKEN,
+            f"gcc does not run apart from the rest of the machine: {done.text.strip()}",
+            "use the gcc of your distribution: only what lies below /usr is seen there",
+        )
+
+
 def disk() -> Iterator[Finding]:
     """Look at the room for what is built and for the checkout."""
     folder = cache.root()
@@ -397,6 +415,7 @@ CHECKS: tuple[Check, ...] = (
     kvm,
     tun,
     network,
+    confinement,
     disk,
     memory,
     cores,

@@ -87,7 +87,14 @@ PACKAGES = (
     Package("qemu-system-x86", "the machine that runs the kernel", ("qemu-system-x86_64",)),
     Package("e2fsprogs", "makes the disk of a test (mkfs.ext4)", ("mkfs.ext4",)),
     Package("iproute2", "sets up the network of a run", ("ip",)),
-    Package("util-linux", "gives each run its own namespaces (unshare)", ("unshare", "setpriv")),
+    Package(
+        "util-linux",
+        "gives each run its own namespaces (unshare)",
+        ("unshare", "setpriv", "prlimit"),
+    ),
+    Package(
+        "bubblewrap", "compiles students' files apart from the rest of the machine", ("bwrap",)
+    ),
     Package("universal-ctags", "finds the kernel's functions in its source", ("ctags-universal",)),
     Package("gdb", "only for boot --gdb", ("gdb",), optional=True),
 )

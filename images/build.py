@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from elftools.elf.elffile import ELFFile
 
-from grader import cache, given
+from grader import cache, confined, given, rules
 from grader.errors import UserError
 
 GUEST = Path(__file__).parent / "guest"
@@ -36,10 +36,10 @@ class BuildError(UserError):
 
 
 class CompileError(Exception):
-    """A C file does not compile or link.
+    """A C file does not compile or link, or breaks the rules.
 
     `what` names what was being built, `text` is the compiler's own output, with the paths that
-    the caller gave.
+    the caller gave, or what `grader.rules` says.
     """
 
     def __init__(self, what: str, text: str) -> None:
@@ -77,7 +77,7 @@ def build_programs(
     library_sources = [given.choose(path, fitting) for path in library_sources]
     if len({source.name for source in library_sources}) < len(library_sources):
         raise BuildError("two library sources have the same file name", "rename one")
-    parts: list[str | bytes | Path] = [_compiler()]
+    parts: list[str | bytes | Path] = [_compiler(), rules.key()]
     for path in _sources(GUEST):
         parts += [str(path.relative_to(GUEST)), path]
     for source in library_sources:
@@ -132,52 +132,39 @@ def _make_programs(
     kernel_headers: Mapping[str, Path],
     folder: Path,
 ) -> None:
-    # Make cannot handle a path with a space in it: it sees only these names, which have none.
-    names: dict[str, Path] = {}
-    with _links(folder) as link:
-        link("guest", GUEST)
-        link("headers", header_dir.absolute())
-        names["guest/"] = GUEST
-        names["headers/"] = header_dir
-        for name, header in kernel_headers.items():
-            link(f"kernel/{name}", header.absolute())
-        for source in library_sources:
-            link(f"given/{source.name}", source.absolute())
-            names[f"given/{source.name}"] = source
-        jobs = len(os.sched_getaffinity(0))
-        done = _tool(
-            [
-                *("make", "--silent", "--no-print-directory", f"-j{jobs}", "--output-sync=target"),
-                *("-f", "guest/Makefile", "S=guest", "O=.", "HEADERS=headers"),
-                "KERNEL=kernel" if kernel_headers else "KERNEL=",
-                "LIBRARY=" + " ".join(f"given/{source.name}" for source in library_sources),
-            ],
-            cwd=folder,
-            check=False,
-        )
-        if done.returncode != 0:
-            text = done.stdout
-            for name, path in names.items():
-                shown = f"{path}/" if name.endswith("/") else str(path)
-                text = text.replace(name, shown)
-            raise CompileError("the guest's userland", text)
-
-
-@contextmanager
-def _links(folder: Path) -> Iterator[Callable[[str, Path], None]]:
-    made: list[Path] = []
-
-    def link(name: str, target: Path) -> None:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.symlink_to(target)
-        made.append(path)
-
-    try:
-        yield link
-    finally:
-        for path in made:
-            path.unlink()
+    words = {path.name: path.read_bytes() for path in library_sources if path.suffix == ".c"}
+    if broken := rules.check_sources(words):
+        raise CompileError("the guest's userland", broken)
+    # The names that make sees, and where these files lie.
+    places = {f"guest/{path.relative_to(GUEST)}": path for path in _sources(GUEST)}
+    places |= {f"headers/{path.name}": path for path in header_dir.glob("*.h")}
+    places |= {f"kernel/{name}": path for name, path in kernel_headers.items()}
+    places |= {f"given/{path.name}": path for path in library_sources}
+    objects = {path.name: f"obj/given/{path.stem}.o" for path in library_sources}
+    jobs = len(os.sched_getaffinity(0))
+    done = confined.run(
+        [
+            *("make", "--silent", "--no-print-directory", f"-j{jobs}", "--output-sync=target"),
+            *("-f", "guest/Makefile", "S=guest", "O=.", "HEADERS=headers"),
+            "KERNEL=kernel" if kernel_headers else "KERNEL=",
+            "LIBRARY=" + " ".join(f"given/{source.name}" for source in library_sources),
+        ],
+        {name: path.read_bytes() for name, path in places.items()},
+        outputs=("bin/*", *objects.values()),
+    )
+    if done.status:
+        known = "|".join(re.escape(name) for name in sorted(places, key=len, reverse=True))
+        text = re.sub(known, lambda match: str(places[match[0]]), done.explained)
+        raise CompileError("the guest's userland", text)
+    made = {name: done.files[objects[name]] for name in words}
+    if broken := rules.check_objects(words, made):
+        raise CompileError("the guest's userland", broken)
+    for name, content in done.files.items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+        if target.parent.name == "bin":
+            target.chmod(0o755)
 
 
 def build_image(programs: Path, modules: Sequence[Path]) -> Image:

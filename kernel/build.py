@@ -10,13 +10,12 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from grader import cache, given
+from grader import cache, confined, given, rules
 from grader.errors import UserError
 from grader.progress import Progress
 
@@ -32,11 +31,10 @@ COMMANDS = "compile_commands.json"
 
 # What a build leaves that neither the module nor a debugger needs.
 _LEFTOVERS = ("*.o", "*.a", "*.cmd", ".tmp_vmlinux*", "vmlinux.unstripped")
-_MODULE_LEFTOVERS = frozenset({".o", ".o_shipped", ".cmd", ".mod"})
 # Go into the keys: raise them when the steps below change what they make.
 _RECIPE = "1"
-_MODULE_RECIPE = "4"
-_OBJECTS_RECIPE = "2"
+_MODULE_RECIPE = "5"
+_OBJECTS_RECIPE = "3"
 # Lines that one build prints (6.12.117); only the progress line rests on it.
 _EXPECTED_STEPS = 2410
 
@@ -46,7 +44,10 @@ class BuildError(UserError):
 
 
 class ModuleError(UserError):
-    """The module does not compile: a student's mistake. `text` is the compiler's output."""
+    """The module does not compile, or breaks the rules: a student's mistake.
+
+    `text` is the compiler's output, or what `grader.rules` says.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__(f"megapipe.ko does not compile\n{text}", "mend the first error above")
@@ -339,42 +340,68 @@ def _build_module(kernel: Kernel, name: str, source: Path, files: Mapping[str, P
     key = _module_key(kernel, source, chosen)
 
     def make(folder: Path) -> None:
-        _compile_module(kernel, source, chosen, folder)
-        (folder / COMMANDS).write_text(json.dumps(_compile_commands(kernel, folder), indent=1))
-        for path in folder.iterdir():
-            if path.suffix in _MODULE_LEFTOVERS or path.name.startswith("."):
-                path.unlink()
+        made = _compile_module(kernel, name, source, chosen)
+        (folder / f"{name}.ko").write_bytes(made[f"{name}.ko"])
+        texts = [text.decode() for file, text in sorted(made.items()) if file.endswith(".cmd")]
+        commands = _compile_commands(kernel, _place(name), texts)
+        (folder / COMMANDS).write_text(json.dumps(commands, indent=1))
 
     return Module(cache.entry("module", key, make) / f"{name}.ko", key)
 
 
 def _module_key(kernel: Kernel, source: Path, files: Mapping[str, Path]) -> str:
     contents = (part for file in sorted(files) for part in (file, files[file].read_bytes()))
-    return cache.digest(_MODULE_RECIPE, kernel.key, source, *contents)
+    return cache.digest(_MODULE_RECIPE, kernel.key, source, rules.key(), *contents)
 
 
-def _compile_module(kernel: Kernel, source: Path, files: Mapping[str, Path], folder: Path) -> None:
-    """Make the module in `folder`, which keeps all that the build leaves."""
-    for path in sorted(path for path in source.rglob("*") if path.is_file()):
-        target = folder / path.relative_to(source)
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, target)
+def _place(name: str) -> str:
+    """Return where a module is compiled."""
+    return f"{confined.PLACE}/{name}"
+
+
+def _object(file: str) -> str:
+    return f"{Path(file).stem}.o"
+
+
+def _compile_module(
+    kernel: Kernel, name: str, source: Path, files: Mapping[str, Path]
+) -> Mapping[str, bytes]:
+    """Return what the build leaves: the module, the objects of `files`, and how all was done."""
+    place = _place(name)
+    inputs = {
+        str(path.relative_to(source)): path.read_bytes()
+        for path in source.rglob("*")
+        if path.is_file()
+    }
+    words = {file: path.read_bytes() for file, path in files.items() if path.suffix != ".o"}
+    if broken := rules.check_sources(words):
+        raise ModuleError(broken)
     for file, path in files.items():
         # Kbuild copies what is called .o_shipped, and compiles nothing.
-        shipped = f"{Path(file).stem}.o_shipped" if path.suffix == ".o" else file
-        shutil.copyfile(path, folder / shipped)
-    done = subprocess.run(
-        ["make", "-s", "-C", str(kernel.build), f"M={folder}", f"-j{os.cpu_count() or 1}"],
-        capture_output=True,
-        text=True,
-        check=False,
-        # The kernel's makefiles drop LC_ALL, and the compiler then takes the next.
-        env={**os.environ, "LC_ALL": "C", "LC_CTYPE": "C", "LC_MESSAGES": "C"},
+        shipped = f"{_object(file)}_shipped" if path.suffix == ".o" else file
+        inputs[shipped] = path.read_bytes()
+    jobs = len(os.sched_getaffinity(0))
+    done = confined.run(
+        ["make", "-s", "-C", str(kernel.build), f"M={place}", f"-j{jobs}"],
+        inputs,
+        outputs=(f"{name}.ko", ".*.o.cmd", *map(_object, files)),
+        readable=(kernel.build, kernel.source),
+        folder=name,
     )
-    if done.returncode:
-        lines = (done.stdout + done.stderr).replace(f"{folder}/", "").splitlines()
+    if done.status:
+        lines = done.explained.replace(f"{place}/", "").splitlines()
         # What make adds names files that its reader has never seen.
         raise ModuleError("\n".join(line for line in lines if not line.startswith("make")))
+    made = {file: done.files[_object(file)] for file in words}
+    if broken := rules.check_objects(words, made, _functions(kernel), kernel.debug):
+        raise ModuleError(broken)
+    return done.files
+
+
+def _functions(kernel: Kernel) -> frozenset[str]:
+    """Return the names of the kernel's functions."""
+    rows = (line.split() for line in kernel.system_map.read_text().splitlines())
+    return frozenset(name for _, kind, name in rows if kind in "tTwW")
 
 
 # --- the labs' files as objects ---------------------------------------------------------------
@@ -413,32 +440,22 @@ def build_objects(kernel: Kernel, files: Mapping[str, Path]) -> dict[str, Path]:
     key = cache.digest(_OBJECTS_RECIPE, _module_key(kernel, MODULE, files))
 
     def make(folder: Path) -> None:
-        _compile_module(kernel, MODULE, files, folder)
-        # KASAN's descriptions have the path in them whatever -ffile-prefix-map says. As long as
-        # before, for what follows must stay where it is.
-        here = f"{folder}/".encode()
-        nowhere = (b"./" * len(here))[-len(here) :]
-        wanted = {f"{Path(file).stem}.o" for file in files}
-        for path in folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name in wanted:
-                path.write_bytes(path.read_bytes().replace(here, nowhere))
-            else:
-                path.unlink()
+        made = _compile_module(kernel, "megapipe", MODULE, files)
+        for file in files:
+            (folder / _object(file)).write_bytes(made[_object(file)])
 
     folder = cache.entry("objects", key, make)
-    return {file: folder / f"{Path(file).stem}.o" for file in files}
+    return {file: folder / _object(file) for file in files}
 
 
-def _compile_commands(kernel: Kernel, folder: Path) -> list[dict[str, str]]:
+def _compile_commands(kernel: Kernel, place: str, texts: Iterable[str]) -> list[dict[str, str]]:
     """Return how each file was compiled, the files by their names only: see `compile_commands`."""
     commands = []
-    for path in sorted(folder.glob(".*.o.cmd")):
-        match = re.match(r"savedcmd_\S+ := (gcc .*?) (\S+\.c)\s*(;.*)?\n", path.read_text())
+    for text in texts:
+        match = re.match(r"savedcmd_\S+ := (gcc .*?) (\S+\.c)\s*(;.*)?\n", text)
         # Not what kbuild itself adds to every module.
-        if match and Path(match[2]).parent == folder and not match[2].endswith(".mod.c"):
-            command = f"{match[1]} {match[2]}".replace(f"{folder}/", "")
+        if match and str(Path(match[2]).parent) == place and not match[2].endswith(".mod.c"):
+            command = f"{match[1]} {match[2]}".replace(f"{place}/", "")
             commands.append({"directory": str(kernel.build), "file": Path(match[2]).name,
                              "command": command})  # fmt: skip
     return commands

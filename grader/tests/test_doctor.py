@@ -156,6 +156,15 @@ def test_a_missing_tun_device_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     assert "chmod" in finding.todo
 
 
+def test_students_files_need_a_place_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    (finding,) = doctor.confinement()
+    assert finding.state is State.OK
+    monkeypatch.setenv("PATH", "/nowhere")
+    (finding,) = doctor.confinement()
+    assert finding.state is State.BROKEN
+    assert "bubblewrap" in finding.todo
+
+
 def test_this_machine_links_static_programs() -> None:
     (finding,) = doctor.compiler()
     assert finding.state is State.OK
