@@ -31,7 +31,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from grader import agent, limits, network
+from grader import agent, confined, limits, network
 from grader.console import Console, Kind, Report, decode, essence
 from grader.errors import UserError
 
@@ -54,6 +54,9 @@ CPU_MODEL = (
 # no frequency for its clocks, or a wrong one, and the TCP timers with it. What is switched off is
 # not used and would be probed.
 _BOARD = "q35,sata=off,smbus=off,usb=off,vmport=off"
+
+# Once it runs, the emulator starts no process and does not become anybody else.
+_SECCOMP = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 _MAC = "52:54:00:12:34:56"
 
@@ -143,6 +146,8 @@ class MachineConfig:
     command: str = ""
     """Run by init before the agent starts; see /run/boot.output and /run/boot.status."""
     extra_qemu: tuple[str, ...] = ()
+    opened: tuple[Path, ...] = ()
+    """Files and folders that `extra_qemu` names and QEMU opens, perhaps for writing."""
     kernel_args: tuple[str, ...] = ()
     seed: int = 1
     gdb: bool = False
@@ -220,8 +225,9 @@ class Machine:
         for path in (self.config.kernel, self.config.initramfs):
             if not path.is_file():
                 raise NotBooted(f"{path} does not exist", "build it first")
-        if shutil.which(QEMU) is None:
-            raise NotBooted(f"{QEMU} is missing", "Debian: apt install qemu-system-x86")
+        for tool, package in ((QEMU, "qemu-system-x86"), ("bwrap", "bubblewrap")):
+            if shutil.which(tool) is None:
+                raise NotBooted(f"{tool} is missing", f"Debian: apt install {package}")
         try:
             self._start()
         except BaseException:
@@ -271,7 +277,7 @@ class Machine:
         with agent_end, monitor_end:
             self._argv = self._command_line(agent_end.fileno(), monitor_end.fileno())
             self.console = Console(
-                self.sandbox.command(self._argv),
+                self.sandbox.command([*self._apart(), *self._argv]),
                 transcript=self._transcript,
                 descriptors=(agent_end.fileno(), monitor_end.fileno()),
             )
@@ -295,10 +301,27 @@ class Machine:
             self._place_interrupts()
         self.boot_seconds = time.monotonic() - self._begin
 
+    def _apart(self) -> list[str]:
+        """Return the command that runs the emulator where it sees only what it opens.
+
+        It has no capability there: a guest that breaks out of it finds nothing to go on with.
+        """
+        config = self.config
+        argv = ["bwrap", "--die-with-parent", "--cap-drop", "ALL", *confined.system_files()]
+        for path in (config.kernel, config.initramfs):
+            argv += confined.visible(path.absolute())
+        for path in (*([config.disk] if config.disk else []), *config.opened):
+            argv += confined.visible(path.absolute(), writable=True)
+        argv += confined.visible(self.sandbox.folder_inside, writable=True)
+        for device in ("null", "zero", "random", "urandom", "kvm", "net/tun"):
+            argv += ["--dev-bind-try", f"/dev/{device}", f"/dev/{device}"]
+        return [*argv, "--remount-ro", "/", "--chdir", "/", "--"]
+
     def _command_line(self, agent_fd: int, monitor_fd: int) -> list[str]:
         config = self.config
         cpus, pairs = config.vcpus, config.queue_pairs
         argv = [QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
+        argv += ["-sandbox", _SECCOMP]
         argv += ["-machine", _BOARD, "-m", str(config.memory_mib), "-smp", str(cpus)]
         if config.accelerator == "kvm":
             argv += ["-accel", "kvm", "-cpu", "host"]
@@ -500,6 +523,36 @@ class Machine:
             raise
         return int(process.returncode)
 
+    def memory(self, address: int, size: int) -> bytes:
+        """Return what lies in the guest's physical memory, while it runs on."""
+        name = "memory"
+        try:
+            inside = str(self.sandbox.folder_inside / name)
+            self._ask("pmemsave", val=address, size=size, filename=inside)
+            return (self.sandbox.folder / name).read_bytes()
+        except OSError as error:
+            raise self._lost(f"the guest's memory cannot be read: {error}") from None
+        finally:
+            (self.sandbox.folder / name).unlink(missing_ok=True)
+
+    def _ask(self, command: str, **arguments: object) -> None:
+        """Have the emulator's monitor do something. Raises `OSError` if it does not."""
+        self._monitor.settimeout(self.scaled(_GRACE))
+        with self._monitor.makefile("rwb") as monitor:
+            # Negotiating once more than once is refused, and does no harm.
+            for request in (
+                {"execute": "qmp_capabilities"},
+                {"execute": command, "arguments": arguments, "id": command},
+            ):
+                monitor.write(json.dumps(request).encode() + b"\n")
+            monitor.flush()
+            while answer := json.loads(monitor.readline() or b"{}"):
+                if answer.get("id") == command:
+                    if "error" in answer:
+                        raise OSError(answer["error"]["desc"])
+                    return
+        raise OSError("the emulator's monitor is gone")
+
     def environment(self) -> dict[str, Any]:
         """Return what is needed to repeat this boot, as plain data for a result file."""
         return {
@@ -624,12 +677,9 @@ class Machine:
         )
 
     def _inject_nmi(self) -> None:
-        commands = ({"execute": "qmp_capabilities"}, {"execute": "inject-nmi"})
-        self._monitor.settimeout(self.scaled(_GRACE))
-        # An emulator that is gone or stuck does not take them, and the error is about that anyway.
+        # An emulator that is gone or stuck does not take it, and the error is about that anyway.
         with suppress(OSError):
-            for command in commands:
-                self._monitor.sendall(json.dumps(command).encode() + b"\n")
+            self._ask("inject-nmi")
 
     # ---- interrupts ----------------------------------------------------------------------------
 

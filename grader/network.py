@@ -226,7 +226,8 @@ class Sandbox:
         # one queue attaches it without the flag.
         flag = "multi_queue" if queues > 1 else ""
         commands = [
-            f"ip tuntap add dev {TAP_NAME} mode tap {flag}",
+            # The emulator may attach to what belongs to its user, and needs no privilege to.
+            f"ip tuntap add dev {TAP_NAME} mode tap {flag} user 0",
             f"ip link set dev {TAP_NAME} txqueuelen {TAP_QUEUE_PACKETS}",
             # Straight into the tap's own queues: a discipline before them would drop by its own
             # law, and 256 of them, one for each queue a tap might have, take half a second.

@@ -157,11 +157,13 @@ class Station:
         """Start the emulator; must be followed by ``with`` or by `close`."""
         with ExitStack() as stack:
             plugins: list[str] = []
+            opened: list[Path] = []
             for probe in (self._probe, self._stacks, self._sharing):
                 if probe is not None:
                     stack.enter_context(probe)
                     plugins += probe.qemu_arguments()
-            config = replace(self._config, extra_qemu=tuple(plugins))
+                    opened += probe.opened
+            config = replace(self._config, extra_qemu=tuple(plugins), opened=tuple(opened))
             self._machine = Machine(config)
             stack.callback(self._machine.close)
             self._machine.start()

@@ -70,6 +70,11 @@ class PluginFiles(ABC):
             raise ProbeError("the probe is not open", "use it as a context manager")
         return self._map
 
+    @property
+    def opened(self) -> tuple[Path, ...]:
+        """The plugin, which QEMU reads, and the folder with the files that it writes to."""
+        return self._to_load()
+
     def _to_load(self) -> tuple[Path, Path]:
         """Return the plugin and the folder, for the QEMU that is to load them."""
         if self._folder is None or self._plugin is None or self.counting:

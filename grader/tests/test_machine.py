@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from elftools.elf.elffile import ELFFile
 
 from grader import limits, machine
 from grader.console import Kind
@@ -120,6 +121,35 @@ def boot(vmlinux: Path, agent_image: Image) -> Boot:
 def guest(boot: Boot) -> Iterator[Machine]:
     with boot() as opened:
         yield opened
+
+
+def test_the_emulator_can_do_nothing_else(guest: Machine) -> None:
+    processes = psutil.Process(guest.console.pid).children(recursive=True)
+    (emulator,) = (p for p in processes if "qemu" in p.name() and not p.children())
+    place = Path(f"/proc/{emulator.pid}")
+    status = dict(line.split(":\t", 1) for line in (place / "status").read_text().splitlines())
+    assert {status[name] for name in ("CapEff", "CapPrm", "CapBnd", "CapAmb")} == {"0" * 16}
+    assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+    if os.geteuid() != 0:
+        assert status["Uid"].split() == [str(os.geteuid())] * 4
+    seen = {path.name for path in (place / "root").iterdir()}
+    assert "usr" in seen and not seen & {"proc", "sys", "run", "var", "boot"}
+    assert not (place / "root" / "etc" / "passwd").exists()
+    mounts = [line.split() for line in (place / "mountinfo").read_text().splitlines()]
+    writable = {fields[4] for fields in mounts if "rw" in fields[5].split(",")}
+    # Devices are not files: what may be done with them is another matter.
+    files = {path for path in writable if not path.startswith("/dev/")}
+    assert files == {str(guest.sandbox.folder_inside)}
+
+
+def test_memory_is_read_from_outside(guest: Machine) -> None:
+    # The kernel's text begins there, and is what the file says.
+    with guest.config.kernel.open("rb") as file:
+        (segment, *_) = ELFFile(file).iter_segments("PT_LOAD")
+        begin = segment.data()[:64]
+    assert guest.memory(0x1000000, 64) == begin
+    assert guest.run("true").status == 0
+    assert list(guest.sandbox.folder.iterdir()) == []
 
 
 def test_status_output_and_user(guest: Machine) -> None:
