@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from grader import checks as judge
-from grader import points
+from grader import kernel_text, points
 from grader import variant as variants
 from grader.checks import CheckResult
 from grader.errors import UserError
+from grader.evidence import answered_elsewhere
 from grader.experiment import (
     Compared,
     Comparison,
@@ -149,6 +150,11 @@ class Candidate:
             except MachineError as error:
                 self.ends.append(MachineEnd("submission", error.console, {}))
                 self.abandon(machine_failure(error))
+        return self._station
+
+    @property
+    def running(self) -> Station | None:
+        """The station that runs, if any."""
         return self._station
 
     def abandon(self, failure: Failure) -> None:
@@ -432,6 +438,7 @@ def _measure(
                         results[result.id] = result
                         _say(progress, result)
         description = compared_with.stations()["solution"].machine.environment()
+        changed = _changed_code(candidate, compared_with)
         candidate.close()
         ends = [*candidate.ends, *compared_with.ends]
         compared_with.close()
@@ -441,7 +448,25 @@ def _measure(
                     results[result.id] = result
                     _say(progress, result)
             ends += beside.ends
+    if changed:
+        reason = f"the kernel's code was changed while it ran: {changed}"
+        results = {check.id: judge.failed(check, "fail", reason) for check in lab.checks}
     return [results[check.id] for check in lab.checks], description, ends
+
+
+def _changed_code(candidate: Candidate, references: References) -> str:
+    """Return in which functions the candidate's kernel is not the one that it booted, if any."""
+    station = candidate.running
+    if station is None:
+        return ""
+    place = kernel_text.layout(station.built.kernel)
+    try:
+        found = kernel_text.of(station.machine, place)
+        known = [kernel_text.of(one.machine, place) for one in references.stations().values()]
+    except MachineError:
+        # One is lost just now; there is nothing more to be seen of it.
+        return ""
+    return kernel_text.changed(place, known, found)
 
 
 def _say(progress: Progress, result: CheckResult) -> None:
@@ -544,6 +569,9 @@ def _reduction(
             return [judge.failed(c, "infra", reason) for c in same_run]
     if attempt.failure is not None:
         return [_judged(c, attempt.failure) for c in same_run]
+    known = [compared.costs["starter"], compared.costs["solution"]]
+    if reason := answered_elsewhere(known, compared.costs["submission"]):
+        return [judge.failed(c, "fail", reason) for c in same_run]
     results = [judge.reduction(c, *compared.samples(c.metric)) for c in same_run]
     return [replace(result, reason=result.reason + attempt.note()) for result in results]
 

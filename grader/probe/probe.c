@@ -145,6 +145,13 @@ static bool in_kernel(uint64_t vaddr)
 	return vaddr >> 63;
 }
 
+/*
+ * A function begins with ENDBR64 and the room for a call of ftrace, which are never left, nor
+ * jumped to, within the function. A block that begins behind them, or between, is one that was
+ * entered past what is counted: it counts as well.
+ */
+#define PROLOGUE_BYTES	9
+
 /* The index of the first chosen address that is not below vaddr. */
 static size_t first_address(uint64_t vaddr)
 {
@@ -175,8 +182,13 @@ static void translated(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
 						     in_kernel(start) ? count_kernel : count_user,
 						     QEMU_PLUGIN_CB_NO_REGS, (void *)(uintptr_t)n);
 
-	/* The instructions of a block follow one another in memory. */
 	next = first_address(start);
+	for (i = next; i-- > 0 && start - addresses[i].vaddr <= PROLOGUE_BYTES;)
+		qemu_plugin_register_vcpu_tb_exec_cb(tb, counting(addresses[i].function),
+						     QEMU_PLUGIN_CB_NO_REGS,
+						     (void *)(uintptr_t)addresses[i].function);
+
+	/* The instructions of a block follow one another in memory. */
 	for (i = 0; i < n && next < n_addresses; i++) {
 		struct qemu_plugin_insn *insn = qemu_plugin_tb_get_insn(tb, i);
 		uint64_t vaddr = qemu_plugin_insn_vaddr(insn);

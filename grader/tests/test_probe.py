@@ -33,6 +33,7 @@ from grader.probe import (
     plugin,
     select,
 )
+from kernel.build import Kernel
 
 PROBE_C = Path(probe_package.__file__).with_name("probe.c")
 DATA = Path(__file__).with_name("probe")
@@ -205,35 +206,38 @@ def test_counts_round_trip(harness: Path, tmp_path: Path) -> None:
         "ffffffff81000100 a\n"  # a second entry of a
         "ffffffff81000048 c\n"  # b's address once more, under another name
         "ffffffff81000051 inside\n"  # in the middle of an instruction
+        "ffffffff81000201 never\n"
     )
     blocks = (
         "0 401000 5 100\n"  # user
         "0 ffffffff81000040 1 7\n"  # entry of a, alone
         "1 ffffffff81000030 10 3\n"  # a block running through a, b and c
-        "1 ffffffff81000044 1 50\n"  # between
+        "1 ffffffff8100004c 1 50\n"  # past b's entry, which has been jumped over
+        "1 ffffffff81000054 1 50\n"  # farther inside it
         "1 ffffffff81000100 2 11\n"  # a's second entry
         "0 ffff888000000040 4 2\n"  # the kernel half, elsewhere
     )
-    said, left = counted_by(harness, tmp_path, counters.new_file(2, 4), functions, blocks)
+    said, left = counted_by(harness, tmp_path, counters.new_file(2, 5), functions, blocks)
     assert said == ""
-    names = ("a", "b", "c", "inside")
+    names = ("a", "b", "c", "inside", "never")
     found = parse(left, names)
     assert found.user.tolist() == [500, 0]
-    assert found.kernel.tolist() == [7 + 8, 30 + 50 + 22]
+    assert found.kernel.tolist() == [7 + 8, 30 + 50 + 50 + 22]
     assert {name: calls.tolist() for name, calls in found.functions.items()} == {
         "a": [7, 3 + 11],
-        "b": [0, 3],
-        "c": [0, 3],
-        "inside": [0, 0],
+        "b": [0, 3 + 50],
+        "c": [0, 3 + 50],
+        "inside": [0, 50],
+        "never": [0, 0],
     }
-    assert found.never_executed(["a", "inside", "c"]) == ("inside",)
+    assert found.never_executed(["a", "never", "c"]) == ("never",)
     header = counters.Header.read(left)
     assert (header.state, header.api_version, header.guest_vcpus) == (counters.STATE_ENDED, 1, 2)
-    assert header.addresses == 5
+    assert header.addresses == 6
 
     total = found.total
-    assert (total.user, total.kernel, total.instructions) == (500, 117, 617)
-    assert total.functions == {"a": 21, "b": 3, "c": 3, "inside": 0}
+    assert (total.user, total.kernel, total.instructions) == (500, 167, 667)
+    assert total.functions == {"a": 21, "b": 53, "c": 53, "inside": 50, "never": 0}
     delta = found - found
     assert delta.total.instructions == 0
     assert list(delta.functions) == list(names)
@@ -586,6 +590,30 @@ def test_standard_set(vmlinux: Path, initramfs: Path) -> None:
     assert boot.never_executed([*started, "context_switches", "sock_inode_alloc"]) == ()
     assert cost.total.functions["syscalls"] == CALLS + 3
     assert cost.total.functions["read"] == cost.total.functions["write"] == 1
+
+
+@pytest.mark.vm
+@pytest.mark.parametrize("debug", [False, True], ids=["plain", "debug"])
+def test_no_counted_function_jumps_to_its_own_beginning(
+    request: pytest.FixtureRequest, debug: bool
+) -> None:
+    """What probe.c takes for granted of the first bytes behind an entry."""
+    kernel: Kernel = request.getfixturevalue("debug_kernel" if debug else "kernel")
+    symbols = Symbols.of_kernel(kernel.vmlinux)
+    functions = ProbeConfig.standard(1, symbols).functions.values()
+    entries = sorted({entry for names in functions for entry in symbols.resolve(names)})
+    assert len(entries) > 50
+    for entry in entries:
+        listed = subprocess.run(
+            ["objdump", "-d", "--no-show-raw-insn", f"--start-address={entry:#x}",
+             f"--stop-address={entry + 4096:#x}", kernel.vmlinux],
+            capture_output=True, text=True, check=True,
+        ).stdout.partition(f"{entry:016x} <")[2].split("\n\n")[0]  # fmt: skip
+        jumps = re.findall(r"^\s*([0-9a-f]+):\t(?:j\w+|loop\w*)\s+([0-9a-f]+)\b", listed, re.M)
+        inside = range(entry + 1, entry + 10)
+        # To there, or before it so early that what follows it lies there.
+        assert not [jump for jump in jumps if int(jump[1], 16) in inside], listed[:300]
+        assert not [jump for jump in jumps if int(jump[0], 16) < entry + 8], listed[:300]
 
 
 def test_panic_is_counted(vmlinux: Path, initramfs: Path) -> None:

@@ -13,8 +13,8 @@ struct qemu_plugin_insn {
 struct qemu_plugin_tb {
 	size_t n;
 	struct qemu_plugin_insn insns[64];
-	qemu_plugin_vcpu_udata_cb_t cb;
-	void *udata;
+	int calls_n;
+	struct { qemu_plugin_vcpu_udata_cb_t cb; void *udata; } calls[4];
 };
 
 #include "fake_qemu.h"
@@ -32,8 +32,8 @@ void qemu_plugin_register_vcpu_tb_exec_cb(struct qemu_plugin_tb *tb,
 					  enum qemu_plugin_cb_flags flags, void *userdata)
 {
 	(void)flags;
-	tb->cb = cb;
-	tb->udata = userdata;
+	tb->calls[tb->calls_n].cb = cb;
+	tb->calls[tb->calls_n++].udata = userdata;
 }
 void qemu_plugin_register_vcpu_insn_exec_cb(struct qemu_plugin_insn *insn,
 					    qemu_plugin_vcpu_udata_cb_t cb,
@@ -60,8 +60,8 @@ int main(int argc, char **argv)
 			tb.insns[i].vaddr = vaddr + 4 * i;
 		trans(1, &tb);
 		while (times--) {
-			if (tb.cb)
-				tb.cb(vcpu, tb.udata);
+			for (j = 0; j < tb.calls_n; j++)
+				tb.calls[j].cb(vcpu, tb.calls[j].udata);
 			for (i = 0; i < n; i++)
 				for (j = 0; j < tb.insns[i].n; j++)
 					tb.insns[i].calls[j].cb(vcpu, tb.insns[i].calls[j].udata);

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import pytest
+
+from grader.evidence import answered_elsewhere
+from grader.experiment import Costs
+
+
+def costs(*user: float) -> list[Costs]:
+    return [Costs(value, 20_000, 0, {}) for value in user]
+
+
+REFERENCES = [costs(400, 420), costs(180, 200)]
+
+
+@pytest.mark.parametrize("user", [(190,), (100, 110), (1000,)])
+def test_a_server_that_works_is_believed(user: tuple[float, ...]) -> None:
+    assert answered_elsewhere(REFERENCES, costs(*user)) == ""
+
+
+@pytest.mark.parametrize("user", [(0, 3), (-1,), (90, 90)])
+def test_work_that_is_not_the_servers_is_seen(user: tuple[float, ...]) -> None:
+    reason = answered_elsewhere(REFERENCES, costs(*user))
+    assert "fewer than 190" in reason
+    assert "-" not in reason
+
+
+def test_counts_without_instructions_say_nothing() -> None:
+    assert answered_elsewhere([costs(0), costs(0)], costs(0)) == ""
