@@ -238,6 +238,7 @@ def grade(
     iterable=["report"],
     help={
         "result": "a file that grade --json has written",
+        "check": "only these checks, a list of their ids",
         "json": "write the new result here",
         "report": REPORT_HELP,
         "explain": EXPLAIN_HELP,
@@ -246,6 +247,7 @@ def grade(
 def regrade(
     _: Context,
     result: str,
+    check: str = "",
     json: str = "",
     report: Sequence[str] | None = None,
     explain: bool = False,
@@ -261,6 +263,8 @@ def regrade(
     reports = formats.chosen(report or ())
     document = reporting.read(Path(result))
     lab = load_lab(document["lab"])
+    if check:
+        lab = lab.only(check.split(","))
     graded = regrading.regrade(document, lab)
     _tell(graded, lab, json, reports, explain)
     for change in regrading.changes(document, graded) or ["nothing has changed"]:

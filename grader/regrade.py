@@ -31,7 +31,7 @@ def regrade(document: Mapping[str, Any], lab: Lab) -> Grade:
     if missing := points.not_measured(document["table"], table):
         raise UserError(
             f"the result holds no evidence for what {', '.join(missing)} of {lab.name} asks now",
-            "grade the submission again",
+            "grade the submission again, or name with --check what it holds",
         )
     rows = {row["id"]: row for row in document["checks"]}
     results = judge.apply_activity(lab, [_result(check, rows[check.id]) for check in lab.checks])

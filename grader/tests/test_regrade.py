@@ -102,6 +102,16 @@ def test_a_check_that_is_no_longer_asked_for_is_left_out() -> None:
     assert "the table of points: serve-many: no longer asked for" in regrade.changes(before, graded)
 
 
+def test_a_result_of_some_checks_is_worth_those() -> None:
+    some = LAB.only(["serve-one", "crossings-long"])
+    before = report.as_json(documents.grade(MIDDLE, lab=some))
+    with pytest.raises(UserError, match="no evidence for what serve-short, serve-many"):
+        regrade.regrade(before, LAB)
+    graded = regrade.regrade(before, some)
+    assert (graded.score, graded.max_score) == (22, 30)
+    assert regrade.changes(before, graded) == []
+
+
 @pytest.mark.parametrize(
     "lab",
     [
