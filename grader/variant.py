@@ -20,6 +20,9 @@ line, say what the student writes and what the starter has in its place::
   anything else inside one, or a ``//|`` line that ends with a backslash (it would swallow the
   next) is a `MarkerError` that names the line.
 
+A TOML file says the same in its own comments: ``# BEGIN SOLUTION``, ``# ELSE STARTER`` with ``#|``
+lines, ``# END SOLUTION``.
+
 In a handout (`grader.handout`) a lab's folder has the student's own files, and beside them, in the
 folder `GIVEN`, what the solved files are no longer there for: ``starter/`` and ``solution/``. The
 latter holds C files or, for those who must not see them, objects (`grader.given`).
@@ -27,6 +30,7 @@ latter holds C files or, for those who must not see them, objects (`grader.given
 
 from __future__ import annotations
 
+import functools
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -43,14 +47,54 @@ GIVEN = "given"
 """The folder of a handout's lab that the student's own files do not lie in."""
 
 _MARKERS = {"BEGIN SOLUTION": "begin", "ELSE STARTER": "else", "END SOLUTION": "end"}
-_MARKER = re.compile(r"\s*/\* (BEGIN SOLUTION|ELSE STARTER|END SOLUTION) \*/\s*")
 # What a slip of the pen makes of a marker; the exact ones have been looked for before.
-_LIKE_A_MARKER = re.compile(
-    r"/[/*].*\b(begin|else|end)[\s_-]*(solution|starter)\b"
-    r"|/[/*].*\b(solution|starter)[\s_-]*(begin|else|end)\b",
-    re.IGNORECASE,
+_SLIP = (
+    r"(?i:\b(begin|else|end)[\s_-]*(solution|starter)\b"
+    r"|\b(solution|starter)[\s_-]*(begin|else|end)\b)"
 )
-_STARTER_LINE = re.compile(r"(\s*)//\|(?: )?(.*)")
+
+
+@dataclass(frozen=True)
+class _Syntax:
+    """How the comments of a language carry the markers."""
+
+    before: str
+    """What stands before a marker's words, with a blank."""
+    after: str
+    any_comment: str
+    """A pattern: what any comment begins with."""
+    prefix: str
+    """What a starter's line begins with."""
+
+    @functools.cached_property
+    def marker(self) -> re.Pattern[str]:
+        before, after = re.escape(self.before), re.escape(self.after)
+        return re.compile(rf"\s*{before}({'|'.join(_MARKERS)}){after}\s*")
+
+    @functools.cached_property
+    def like_a_marker(self) -> re.Pattern[str]:
+        return re.compile(rf"{self.any_comment}.*{_SLIP}")
+
+    @functools.cached_property
+    def starter_line(self) -> re.Pattern[str]:
+        return re.compile(rf"(\s*){re.escape(self.prefix)}(?: )?(.*)")
+
+    @property
+    def order(self) -> str:
+        """How to put it right."""
+        begin, other, end = (f"{self.before}{words}{self.after}" for words in _MARKERS)
+        return (
+            f"put each marker alone on its line, in the order {begin}, "
+            f"{other} (with {self.prefix} lines), {end}"
+        )
+
+
+_C = _Syntax("/* ", " */", "/[/*]", "//|")
+_TOML = _Syntax("# ", "", "#", "#|")
+
+
+def _syntax_of(name: str) -> _Syntax:
+    return _TOML if name.endswith(".toml") else _C
 
 
 class MarkerError(UserError):
@@ -59,8 +103,7 @@ class MarkerError(UserError):
     def __init__(self, name: str, line: int, problem: str) -> None:
         super().__init__(
             f"{name}:{line}: {problem}",
-            "put each marker alone on its line, in the order /* BEGIN SOLUTION */, "
-            "/* ELSE STARTER */ (with //| lines), /* END SOLUTION */",
+            _syntax_of(name).order,
         )
         self.name = name
         self.line = line
@@ -81,6 +124,7 @@ class _Split:
 
 def _split(text: str, name: str) -> _Split:
     """Tell apart what the starter has and what the solution has."""
+    syntax = _syntax_of(name)
     starter: list[str] = []
     solved: list[str] = []
     regions: list[list[str]] = []
@@ -88,7 +132,7 @@ def _split(text: str, name: str) -> _Split:
     begun = 0
     # Not splitlines(): that splits at form feeds as well, and the text must come back unchanged.
     for number, line in enumerate(text.split("\n"), start=1):
-        marker = _MARKER.fullmatch(line)
+        marker = syntax.marker.fullmatch(line)
         if marker is not None:
             match _MARKERS[marker[1]], part:
                 case "begin", _Part.OUTSIDE:
@@ -101,12 +145,12 @@ def _split(text: str, name: str) -> _Split:
                 case _:
                     raise MarkerError(name, number, f"{marker[1]} {part.value}")
             continue
-        if _LIKE_A_MARKER.search(line):
+        if syntax.like_a_marker.search(line):
             raise MarkerError(name, number, f"not quite a marker: {line.strip()}")
         if part is _Part.STARTER:
-            starter.append(_starter_line(line, name, number))
-        elif _STARTER_LINE.fullmatch(line):
-            raise MarkerError(name, number, f"a //| line {part.value}")
+            starter.append(_starter_line(line, name, number, syntax))
+        elif syntax.starter_line.fullmatch(line):
+            raise MarkerError(name, number, f"a {syntax.prefix} line {part.value}")
         else:
             (regions[-1] if part is _Part.SOLUTION else starter).append(line)
             solved.append(line)
@@ -115,19 +159,21 @@ def _split(text: str, name: str) -> _Split:
     return _Split("\n".join(starter), "\n".join(solved), ["\n".join(lines) for lines in regions])
 
 
-def _starter_line(line: str, name: str, number: int) -> str:
-    match = _STARTER_LINE.fullmatch(line)
+def _starter_line(line: str, name: str, number: int, syntax: _Syntax) -> str:
+    match = syntax.starter_line.fullmatch(line)
     if match is None:
-        raise MarkerError(name, number, "a line without //| inside an ELSE STARTER part")
+        raise MarkerError(
+            name, number, f"a line without {syntax.prefix} inside an ELSE STARTER part"
+        )
     if line.rstrip().endswith("\\"):
-        raise MarkerError(name, number, "a //| line that ends with a backslash")
+        raise MarkerError(name, number, f"a {syntax.prefix} line that ends with a backslash")
     return match[1] + match[2] if match[2] else ""
 
 
 def starter_text(solved: str, name: str = "text") -> str:
     """Return what a student starts from; a text without markers comes back unchanged.
 
-    Raises `MarkerError`, which calls the text `name`.
+    `name` tells the language; raises `MarkerError`, which calls the text by it.
     """
     return _split(solved, name).starter
 

@@ -107,6 +107,42 @@ def test_a_marker_out_of_place_is_named_with_its_line(
     assert problem in error.value.problem
 
 
+SOLVED_TOML = """\
+# STUDENT: how many?
+# BEGIN SOLUTION
+# As measured.
+many = 7.1
+# ELSE STARTER
+#| many = "?"
+# END SOLUTION
+c-comment = "/* BEGIN SOLUTION */ and //| are text here"
+"""
+
+
+def test_a_toml_file_has_the_markers_in_its_own_comments() -> None:
+    starter = variant.starter_text(SOLVED_TOML, "a.toml")
+    assert starter == '# STUDENT: how many?\nmany = "?"\n' + SOLVED_TOML.splitlines(True)[-1]
+    assert variant.solution_regions(SOLVED_TOML, "a.toml") == ["# As measured.\nmany = 7.1"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "at", "problem"),
+    [
+        (["# BEGIN SOLUTION", "x = 1"], 1, "without END"),
+        (["# BEGIN SOLUTION", "# ELSE STARTER", "x = 1", "# END SOLUTION"], 3, "without #|"),
+        (["#| x = 1"], 1, "#| line outside"),
+        (["x = 1 # END SOLUTION"], 1, "not quite"),
+        (["#BEGIN SOLUTION"], 1, "not quite"),
+    ],
+)
+def test_so_are_its_mistakes(lines: list[str], at: int, problem: str) -> None:
+    with pytest.raises(variant.MarkerError, match=r"f\.toml:") as error:
+        variant.starter_text("\n".join(lines), "f.toml")
+    assert error.value.line == at
+    assert problem in error.value.problem
+    assert "# BEGIN SOLUTION, # ELSE STARTER (with #| lines)" in error.value.todo
+
+
 def test_the_solution_stands_for_itself(lab: Path) -> None:
     made = variant.solution(lab)
     assert made.name == "solution"
