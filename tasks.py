@@ -367,7 +367,7 @@ def prove(
     help={
         "servers": "all, or a list: epoll, epoll-exclusive, epoll-reuseport, io_uring, limit, "
         "plain, and MegaPipe with any of B, P, L",
-        "per-connection": "transactions per connection, a list such as 1,10,128",
+        "per-connection": "transactions per connection, a list such as 1,10,128 (0: it stays open)",
         "sizes": "bytes of a message, a list such as 64,1024,16384",
         "smp": "numbers of virtual CPUs, a list such as 1,2,4,8",
         "rounds": "how often each server is measured, in turn",
@@ -377,6 +377,7 @@ def prove(
         "out": "the result file (results/bench.json); an interrupted bench goes on where it was",
         "fresh": "discard what an interrupted bench has left",
         "show": "measure nothing, show the tables of this result file",
+        "counts": "show everything that is counted as well",
         "model": "show the cost model, and what each optimisation contributes, as well",
         "transfers": "for the model: a result of --sharing (sharing.json beside --show's, if any)",
         "sharing": "count the cache lines that move between CPUs instead (the first of "
@@ -397,6 +398,7 @@ def bench(
     out: str = "",
     fresh: bool = False,
     show: str = "",
+    counts: bool = False,
     model: bool = False,
     transfers: str = "",
     sharing: bool = False,
@@ -409,11 +411,14 @@ def bench(
     from grader import results, samples
     from grader.lab import load_lab
 
-    if model and not show:
-        raise UsageError("--model shows what --show names", "--show results/bench.json --model")
+    if (model or counts) and not show:
+        raise UsageError(
+            "--model and --counts show what --show names",
+            f"--show results/bench.json --{'model' if model else 'counts'}",
+        )
     if show:
         document, found = samples.read(Path(show))
-        module.report(found, module.wide_console())
+        module.report(found, module.wide_console(), counts=counts)
         if model:
             from grader import contributions
             from grader.sharing import read_transfers

@@ -27,6 +27,7 @@ from grader.experiment import Session
 from grader.grade import commit
 from grader.lab import Lab, LoadShape
 from grader.machine import CPU_MODEL, qemu_version
+from grader.probe.counted import EVENTS
 from grader.progress import Progress, duration
 from grader.samples import Cell, Journal, Sample
 from grader.station import Built, Station, build_solution
@@ -76,7 +77,7 @@ class Grid:
         checks = (
             (self.rounds >= 2, "--rounds: two are needed to see a spread"),
             (self.until >= 0, "--until: a percentage"),
-            (min(self.per_connection, default=0) >= 1, "--per-connection: numbers from 1"),
+            (min(self.per_connection, default=-1) >= 0, "--per-connection: numbers from 0"),
             (
                 all(1 <= size <= MAX_SIZE for size in self.sizes) and self.sizes,
                 f"--sizes: bytes of a message, from 1 to {MAX_SIZE}",
@@ -104,8 +105,9 @@ class Grid:
             for cell in self.cells(vcpus):
                 short, long = windows(cell)
                 # The warm-up is one more round of all connections.
-                count = short + long + connections(cell) * cell.per_connection
-                each = _TRANSACTION_SECONDS + _CONNECTION_SECONDS / cell.per_connection
+                count = short + long + connections(cell) * max(1, cell.per_connection)
+                each = _TRANSACTION_SECONDS
+                each += _CONNECTION_SECONDS / cell.per_connection if cell.per_connection else 0
                 each += _KIB_SECONDS * cell.size / 1024
                 total += len(self.servers) * self.rounds * (_SERVER_SECONDS + count * each)
         return total
@@ -133,7 +135,7 @@ def windows(cell: Cell, open_connections: int | None = None) -> tuple[int, int]:
 
     So many are open at a time (None: as many as in a bench).
     """
-    unit = (open_connections or connections(cell)) * cell.per_connection
+    unit = (open_connections or connections(cell)) * max(1, cell.per_connection)
     short = max(1, SHORT_WINDOW // unit) * unit
     return short, 2 * short
 
@@ -193,7 +195,7 @@ def _measure_cell(
             if server in done:
                 continue
             progress.update(
-                f"{cell.vcpus} vCPUs, {cell.size} B, n = {cell.per_connection}, "
+                f"{cell.vcpus} vCPUs, {cell.size} B, {cell.life}, "
                 f"round {number + 1}: {server} ({clock})"
             )
             sample = _sample(station, cell, server, number, grid.seed + number)
@@ -288,10 +290,12 @@ def wide_console() -> Console:
     return console if console.is_terminal else Console(width=160)
 
 
-def report(found: Sequence[Sample], console: Console) -> None:
-    """Print a table for each cell."""
+def report(found: Sequence[Sample], console: Console, *, counts: bool = False) -> None:
+    """Print a table for each cell, and with `counts` one of everything that the probe counts."""
     for comparison in compare.compare(found):
         console.print(table(comparison))
+        if counts:
+            console.print(counts_table(comparison))
     console.print(
         "± is the 95 % interval over the rounds; ratio and tax are taken round by round. "
         "instructions are those without the clock's interrupt (clock), which go with real time. "
@@ -305,7 +309,7 @@ def table(comparison: Comparison) -> Table:
     rounds = len(next(iter(comparison.samples.values())))
     result = Table(
         box=box.SIMPLE_HEAD,
-        title=f"n = {cell.per_connection}, {cell.size} B, {cell.vcpus} vCPUs, "
+        title=f"{cell.life}, {cell.size} B, {cell.vcpus} vCPUs, "
         f"{connections(cell)} connections, {rounds} rounds; per transaction",
         title_justify="left",
     )
@@ -334,6 +338,36 @@ def table(comparison: Comparison) -> Table:
                 for name in ("syscalls", "wakeups", "file_alloc")
             ),
         )
+    return result
+
+
+def counts_table(comparison: Comparison) -> Table:
+    """Return every counter of one cell for people: means per transaction, side by side."""
+    cell = comparison.cell
+    result = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"{cell.life}, {cell.size} B, {cell.vcpus} vCPUs: every count; per transaction",
+        title_justify="left",
+    )
+    result.add_column("counter", no_wrap=True)
+    for server in comparison.samples:
+        result.add_column(server, justify="right", no_wrap=True)
+    result.add_column("what it counts")
+
+    def add(name: str, meaning: str, measure: compare.Measure, digits: int) -> None:
+        spreads = [comparison.spread(server, measure) for server in comparison.samples]
+        result.add_row(name, *(_number(spread, digits) for spread in spreads), meaning)
+
+    add("user", "instructions of programs", lambda sample: sample.costs.user_instructions, 0)
+    add(
+        "kernel",
+        "instructions of the kernel, without the clock's interrupt",
+        lambda sample: sample.costs.kernel_instructions - sample.costs.clock_instructions,
+        0,
+    )
+    for counted in EVENTS:
+        if all(counted.name in s.costs.calls for each in comparison.samples.values() for s in each):
+            add(counted.name, counted.meaning, compare.calls(counted.name), 2)
     return result
 
 

@@ -46,8 +46,12 @@ def counts(
 
 
 def paper_at(what: str, n: int) -> str:
-    """Return the paper's figure for the measured n; where it has none, for the nearest."""
-    nearest = min(PAPER[what], key=lambda other: abs(other - n))
+    """Return the paper's figure for the measured n; where it has none, for the nearest.
+
+    n = 0 is a connection that stays open: the paper's longest is the nearest.
+    """
+    longest = max(PAPER[what])
+    nearest = min(PAPER[what], key=lambda other: abs(other - (n or longest)))
     text = f"{PAPER[what][nearest]:+.1f}"
     return text if nearest == n else f"{text} (n = {nearest})"
 
@@ -68,7 +72,7 @@ def cycles_table(cell: Cell, servers: Mapping[str, Mapping[str, float]]) -> Tabl
     """Return the model for people: counts, what each adds in cycles, and the sum."""
     result = Table(
         box=box.SIMPLE_HEAD,
-        title=f"n = {cell.per_connection}, {cell.size} B, {cell.vcpus} vCPUs: the model's cycles "
+        title=f"{cell.life}, {cell.size} B, {cell.vcpus} vCPUs: the model's cycles "
         "per transaction (count x weight)",
         title_justify="left",
     )
@@ -107,7 +111,7 @@ def contributions_table(
     cell = comparison.cell
     result = Table(
         box=box.SIMPLE_HEAD,
-        title=f"n = {cell.per_connection}: what each optimisation takes away, per transaction",
+        title=f"{cell.life}: what each optimisation takes away, per transaction",
         title_justify="left",
     )
     result.add_column("step", no_wrap=True)

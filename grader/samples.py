@@ -39,7 +39,12 @@ class Cell:
     size: int
     """Bytes of a message."""
     per_connection: int
-    """Transactions of a connection."""
+    """Transactions of a connection; 0: it stays open."""
+
+    @property
+    def life(self) -> str:
+        """How long connections live, for people."""
+        return f"n = {self.per_connection}" if self.per_connection else "connections stay open"
 
 
 @dataclass(frozen=True)

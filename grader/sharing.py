@@ -25,6 +25,7 @@ from rich.table import Table
 
 from grader import bench, results
 from grader.bench import SERVERS, Grid
+from grader.errors import UsageError
 from grader.experiment import Session
 from grader.lab import Lab, LoadShape
 from grader.probe.memory import KINDS, GuestMemory, Thing
@@ -264,6 +265,8 @@ def run(lab: Lab, grid: Grid, out: Path) -> None:
 
     Of the grid, the first number of vCPUs and the first size are used.
     """
+    if min(grid.per_connection) < 1:
+        raise UsageError("--sharing: transfers are those of connections that end", "leave out 0")
     progress, console = Progress(), bench.wide_console()
     built = build_solution(lab, progress)
     vcpus = grid.vcpus[0]

@@ -162,7 +162,7 @@ def test_a_journal_that_is_none_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("numbers", "rounds", "sizes", "vcpus"),
     [
-        ((0,), 3, (64,), (4,)),
+        ((-1,), 3, (64,), (4,)),
         ((), 3, (64,), (4,)),
         ((1,), 1, (64,), (4,)),
         ((1,), 3, (0,), (4,)),
@@ -204,3 +204,25 @@ def test_windows_are_whole_lives_of_all_connections() -> None:
         short, long = bench.windows(Cell(4, 64, n))
         assert short % (256 * n) == 0
         assert long == 2 * short
+
+
+def test_a_connection_that_stays_open_has_short_windows() -> None:
+    open_ended = Cell(4, 64, 0)
+    assert bench.windows(open_ended) == (1024, 2048)
+    assert open_ended.life == "connections stay open"
+    assert bench.Grid(("epoll",), (0,)).seconds < bench.Grid(("epoll",), (1,)).seconds
+
+
+def test_every_count_is_shown_when_asked_for() -> None:
+    found = [_sample("epoll", number, 900, 2.5) for number in range(2)]
+    (comparison,) = compare.compare(found)
+    columns = {c.header: list(c.cells) for c in bench.counts_table(comparison).columns}
+    shown = dict(zip(columns["counter"], columns["epoll"], strict=True))
+    # What these samples have not counted is not shown as 0.
+    assert shown == {
+        "user": "100 ± 0",
+        "kernel": "900 ± 0",
+        "syscalls": "2.50 ± 0.00",
+        "file_alloc": "0.00 ± 0.00",
+        "wakeups": "0.00 ± 0.00",
+    }
