@@ -17,7 +17,7 @@ from grader import cache, given
 from grader import variant as variants
 from grader.errors import UserError
 from grader.lab import LABS, Lab
-from grader.load import Load, LoadSpec, PhaseResult, Stalled, Stopped
+from grader.load import Load, LoadError, LoadSpec, PhaseResult
 from grader.machine import Machine, MachineConfig, kvm_works
 from grader.network import Sandbox
 from grader.progress import Progress
@@ -161,7 +161,7 @@ def load(spec: LoadSpec, transactions: int) -> int:
                 one.start()
                 phase = one.go(transactions)
                 one.finish()
-        except (Stalled, Stopped) as error:
+        except LoadError as error:
             raise UserError(str(error), "is the server still there? see its console") from error
     terminal.print(_table(phase))
     return 1 if phase.error_count else 0
