@@ -71,6 +71,8 @@ class LineShare:
     kind: str
     """One of `KINDS`."""
     name: str
+    object: str
+    """What the line is part of: the name without an offset."""
     lines: int
     """How many different lines of memory these are."""
     moved: Moved
@@ -102,6 +104,17 @@ class Sharing:
     def per_connection(self) -> float:
         """Transfers in the life of a connection."""
         return self.moved.all * self.transactions_per_connection
+
+    @property
+    def objects(self) -> dict[str, Moved]:
+        """What the lines are part of, most moved first: all lines of all objects of one name."""
+        found: dict[str, Moved] = {}
+        for line in self.lines:
+            sum_ = found.get(line.object, Moved(0.0, 0.0))
+            found[line.object] = Moved(
+                sum_.loads + line.moved.loads, sum_.stores + line.moved.stores
+            )
+        return dict(sorted(found.items(), key=lambda item: -item[1].all))
 
 
 @dataclass
@@ -175,6 +188,7 @@ def summarize(
                     LineShare(
                         thing.kind,
                         str(thing),
+                        thing.name,
                         len(lines[thing]),
                         count.per(span),
                         _sorted(touching[thing]),
@@ -198,14 +212,17 @@ def _sorted(shares: Iterable[FunctionShare]) -> tuple[FunctionShare, ...]:
     return tuple(sorted(shares, key=lambda share: -share.moved.all))
 
 
-def measure_sharing(station: Station, server: str, shape: LoadShape, seed: int) -> Sharing:
+def measure_sharing(
+    station: Station, server: str, shape: LoadShape, seed: int, windows: int = WINDOWS
+) -> Sharing:
     """Run `server` (a command) in a station with a sharing probe, and return what it moves.
 
-    Raises `ExperimentFailed` if it does not get through the load.
+    It is counted in windows so many times as long as a bench's. Raises `ExperimentFailed` if the
+    server does not get through the load.
     """
     probe = station.sharing
     cell = Cell(station.machine.config.vcpus, shape.size, shape.transactions_per_connection)
-    short, long = (WINDOWS * length for length in bench.windows(cell, shape.connections))
+    short, long = (windows * length for length in bench.windows(cell, shape.connections))
     readings = []
     with ExitStack() as stack:
         session = stack.enter_context(Session(station, server, shape, seed))
@@ -219,11 +236,11 @@ def measure_sharing(station: Station, server: str, shape: LoadShape, seed: int) 
             readings.append(probe.read())
         # As long as the server and its connections are there: later their memory is something else.
         memory.look()
-        windows = readings[1] - readings[0], readings[2] - readings[1]
-        addresses = {row[2] for window in windows for row in _rows(window)}
+        moved = readings[1] - readings[0], readings[2] - readings[1]
+        addresses = {row[2] for window in moved for row in _rows(window)}
         things = {address: memory.identify(address) for address in addresses}
     n = shape.transactions_per_connection
-    return summarize(server, n, (short, long), *windows, probe.functions(), things)
+    return summarize(server, n, (short, long), *moved, probe.functions(), things)
 
 
 @contextmanager
@@ -251,6 +268,8 @@ def as_json(sharing: Sharing, top: int = TOP) -> dict[str, Any]:
     """
     data = asdict(sharing)
     data["per_connection"] = sharing.per_connection
+    objects = list(sharing.objects.items())[:top]
+    data["objects"] = [{"name": name, "moved": asdict(moved)} for name, moved in objects]
     data["functions"] = data["functions"][:top]
     data["lines"] = data["lines"][:top]
     for line in data["lines"]:
@@ -372,17 +391,11 @@ def overview(n: int, measured: Mapping[str, Sequence[Sharing]]) -> Table:
 
 def tables(server: str, sharing: Sharing, console: Console, top: int = TOP) -> None:
     """Print which functions and which lines: per transaction, the first `top` of each."""
-    functions = Table(
-        box=box.SIMPLE_HEAD,
-        title=f"{server}: functions that fetch lines or take them away; per transaction",
-        title_justify="left",
-    )
-    functions.add_column("function", no_wrap=True)
-    for title in ("transfers", "by loads", "by stores"):
-        functions.add_column(title, justify="right", no_wrap=True)
-    for one in sharing.functions[:top]:
-        functions.add_row(one.name, *_numbers(one.moved))
-    console.print(functions)
+    functions = ((one.name, one.moved) for one in sharing.functions[:top])
+    title = f"{server}: functions that fetch lines or take them away; per transaction"
+    console.print(_ranking(title, "function", functions))
+    title = f"{server}: what the lines that move are part of; per transaction"
+    console.print(_ranking(title, "what", list(sharing.objects.items())[:top]))
     lines = Table(
         box=box.SIMPLE_HEAD,
         title=f"{server}: lines that move; per transaction",
@@ -397,6 +410,16 @@ def tables(server: str, sharing: Sharing, console: Console, top: int = TOP) -> N
         who = ", ".join(f"{one.name} {_roles(one.moved)}" for one in line.functions[:4])
         lines.add_row(line.name, line.kind, f"{line.lines:,}", *_numbers(line.moved), who)
     console.print(lines)
+
+
+def _ranking(title: str, column: str, rows: Iterable[tuple[str, Moved]]) -> Table:
+    result = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    result.add_column(column, no_wrap=True)
+    for heading in ("transfers", "by loads", "by stores"):
+        result.add_column(heading, justify="right", no_wrap=True)
+    for name, moved in rows:
+        result.add_row(name, *_numbers(moved))
+    return result
 
 
 def _numbers(moved: Moved) -> list[str]:

@@ -524,11 +524,23 @@ def test_a_transaction_is_the_slope(harness: Path, tmp_path: Path) -> None:
     assert touching == {"f0": sharing.Moved(0, 1), "user code": sharing.Moved(1, 0)}
     assert (one.lines[0].name, one.lines[0].lines) == ("TCP+0x40", 1)
     assert one.lines[1].moved == sharing.Moved(0, 0)
+    # Another line of the same objects, and a third thing that moves more than either.
+    second = dataclasses.replace(one.lines[0], name="TCP+0x80")
+    page = dataclasses.replace(
+        one.lines[0], name="pages", object="pages", moved=sharing.Moved(1, 2)
+    )
+    both = dataclasses.replace(one, lines=(page, *one.lines, second))
+    assert list(both.objects.items()) == [
+        ("TCP", sharing.Moved(2, 2)),
+        ("pages", sharing.Moved(1, 2)),
+        ("jiffies", sharing.Moved(0, 0)),
+    ]
 
     data = sharing.as_json(one, top=1)
     assert data == json.loads(json.dumps(data))
     assert [row["name"] for row in data["lines"]] == ["TCP+0x40"]
     assert data["per_connection"] == 20
+    assert data["objects"] == [{"name": "TCP", "moved": {"loads": 1, "stores": 1}}]
 
     console = Console(file=io.StringIO(), width=160)
     console.print(sharing.overview(1, {"BPL": [one, one]}))
