@@ -25,7 +25,7 @@ import jsonschema
 import psutil
 from filelock import FileLock, Timeout
 
-from grader import cache, grade, report, results, roster, setup
+from grader import cache, report, results, roster, setup
 from grader import variant as variants
 from grader.errors import UsageError, UserError
 from grader.lab import Lab
@@ -219,7 +219,7 @@ def _tidy(out: Path) -> None:
 
 def _identity(lab: Lab) -> str:
     """Return what stands for the lab and for all that grades it."""
-    commit = grade.commit()
+    commit = results.commit()
     # A commit tells what the files hold, unless they differ from it.
     exact = commit and not commit.endswith("+")
     parts = () if exact else ("grader", "images", "kernel", "labs")

@@ -24,11 +24,11 @@ from grader.checks import Interval
 from grader.compare import Comparison
 from grader.errors import UsageError
 from grader.experiment import Session
-from grader.grade import commit
-from grader.lab import Lab, LoadShape
+from grader.lab import CONNECTIONS_PER_VCPU, Lab, LoadShape
 from grader.machine import CPU_MODEL, qemu_version
 from grader.probe.counted import EVENTS
 from grader.progress import Progress, duration
+from grader.results import commit
 from grader.samples import Cell, Journal, Sample
 from grader.station import Built, Station, build_solution
 
@@ -49,7 +49,6 @@ SERVERS: Mapping[str, str] = {
     "BPL": "mp-server --batch --partition --lwsocket",
     "limit": "limit-server",
 }
-CONNECTIONS_PER_VCPU = 64
 SHORT_WINDOW = 1024
 MAX_SIZE = 65536
 MAX_VCPUS = 64
@@ -172,7 +171,8 @@ class _Clock:
         return f"{self.done} of {self.total}, about {duration(left)} left"
 
 
-def _sample(station: Station, cell: Cell, server: str, number: int, seed: int) -> Sample:
+def measure_once(station: Station, cell: Cell, server: str, number: int, seed: int) -> Sample:
+    """Return round `number` of a server (a name of `SERVERS`). Raises `ExperimentFailed`."""
     begin = time.monotonic()
     shape = LoadShape(connections(cell), cell.per_connection, cell.size, mode="rounds")
     with Session(station, SERVERS[server], shape, seed) as session:
@@ -198,7 +198,7 @@ def _measure_cell(
                 f"{cell.vcpus} vCPUs, {cell.size} B, {cell.life}, "
                 f"round {number + 1}: {server} ({clock})"
             )
-            sample = _sample(station, cell, server, number, grid.seed + number)
+            sample = measure_once(station, cell, server, number, grid.seed + number)
             journal.add(sample)
             clock.add(sample)
 

@@ -67,7 +67,13 @@ def experiment(row: Mapping[str, Any]) -> str:
     ]
     if "pause_us" in load:
         parts.append(f"a pause of {load['pause_us']:,} µs between transactions")
-    others = {k: v for k, v in row["experiment"].items() if k not in ("server", "load")}
+    said = ("server", "load", "run", "versus")
+    if run := row["experiment"].get("run"):
+        parts.append(_many(run["vcpus"], "vCPU"))
+    if other := row["experiment"].get("versus"):
+        named = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in other.items())
+        parts.append(f"compared with {named}")
+    others = {k: v for k, v in row["experiment"].items() if k not in said}
     return "; ".join([*parts, *(f"{name}: {value}" for name, value in others.items())])
 
 

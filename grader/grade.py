@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import os
 import secrets
-import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from grader import answers, kernel_text, points
 from grader import checks as judge
-from grader import kernel_text, points
 from grader import variant as variants
 from grader.checks import CheckResult
 from grader.errors import UserError
@@ -34,8 +32,9 @@ from grader.experiment import (
     nothing_to_report,
 )
 from grader.lab import Check, Lab
-from grader.machine import MachineError
+from grader.machine import CPU_MODEL, MachineError, qemu_version
 from grader.progress import Progress
+from grader.results import commit
 from grader.station import Built, Station, build
 from grader.variant import Variant
 from images.build import CompileError
@@ -323,28 +322,9 @@ def grade(
     load_before = os.getloadavg()[0]
     with progress.phase("kernel"):
         kernel = build_kernel(progress=progress)
-        debug_kernel = build_kernel(True, progress) if lab.needs_debug_kernel else None
-    with progress.phase("references"):
-        references = {
-            "starter": build(lab, variants.starter(lab.folder), kernel),
-            "solution": build(lab, variants.solution(lab.folder), kernel),
-        }
-    results: list[CheckResult]
-    machine: Mapping[str, object] = {}
-    ends: list[MachineEnd] = []
-    try:
-        with progress.phase("submission"):
-            built = build(lab, variant, kernel)
-            debug = build(lab, variant, debug_kernel) if debug_kernel else None
-    except (ModuleError, CompileError) as error:
-        reason = f"does not compile: {_first_error(error.text)}"
-        results = [
-            judge.failed(check, "no-build", reason, next_step=error.text.strip()[:4000])
-            for check in lab.checks
-        ]
-    else:
-        results, machine, ends = _measure(lab, built, debug, references, vcpus, seed, progress)
-    results = judge.apply_activity(lab, results)
+    try_it = _try_code if lab.has_code else _try_answers
+    tried = try_it(lab, variant, kernel, vcpus, seed, progress)
+    results = judge.apply_activity(lab, tried.results)
     return Grade(
         lab=lab.name,
         variant=variant.name,
@@ -354,7 +334,10 @@ def grade(
         environment={
             "kernel": kernel.release,
             "kernel_key": kernel.key,
-            **machine,
+            "qemu": qemu_version(),
+            "cpu_model": CPU_MODEL,
+            "accelerator": "tcg",
+            **tried.machine,
             "vcpus": vcpus,
             "seed": seed,
             "host_cpus": os.cpu_count() or 1,
@@ -366,8 +349,8 @@ def grade(
         },
         phases=dict(progress.times),
         table=points.table(lab),
-        ignored=variant.ignored,
-        machines=tuple(ends),
+        ignored=(*variant.ignored, *tried.ignored),
+        machines=tuple(tried.ends),
     )
 
 
@@ -376,20 +359,53 @@ def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def commit() -> str:
-    """Return the checkout's commit, with ``+`` if files differ from it; empty without git."""
-    folder = Path(__file__).parent
+@dataclass(frozen=True)
+class _Tried:
+    """What has come of trying a variant."""
+
+    results: list[CheckResult]
+    machine: Mapping[str, object] = field(default_factory=dict)
+    """The description of one that was measured in, if there was one."""
+    ends: Sequence[MachineEnd] = ()
+    ignored: tuple[str, ...] = ()
+
+
+def _try_answers(
+    lab: Lab, variant: Variant, kernel: Kernel, _: int, seed: int, progress: Progress
+) -> _Tried:
+    with progress.phase("build"):
+        built = build(lab, variant, kernel)
+    (file,) = variant.files.values()
+    outcome = answers.grade(lab, file, built, seed, progress)
+    for result in outcome.results:
+        _say(progress, result)
+    ends = [MachineEnd(lost.name, lost.console, {}) for lost in outcome.lost]
+    return _Tried(outcome.results, outcome.environment, ends, outcome.unknown)
+
+
+def _try_code(
+    lab: Lab, variant: Variant, kernel: Kernel, vcpus: int, seed: int, progress: Progress
+) -> _Tried:
+    with progress.phase("kernel"):
+        debug_kernel = build_kernel(True, progress) if lab.needs_debug_kernel else None
+    with progress.phase("references"):
+        references = {
+            "starter": build(lab, variants.starter(lab.folder), kernel),
+            "solution": build(lab, variants.solution(lab.folder), kernel),
+        }
     try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=False,
+        with progress.phase("submission"):
+            built = build(lab, variant, kernel)
+            debug = build(lab, variant, debug_kernel) if debug_kernel else None
+    except (ModuleError, CompileError) as error:
+        reason = f"does not compile: {_first_error(error.text)}"
+        return _Tried(
+            [
+                judge.failed(check, "no-build", reason, next_step=error.text.strip()[:4000])
+                for check in lab.checks
+            ]
         )
-    except OSError:
-        return ""
-    return done.stdout.strip()
+    return _Tried(*_measure(lab, built, debug, references, vcpus, seed, progress))
 
 
 def _first_error(text: str) -> str:

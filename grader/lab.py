@@ -3,6 +3,9 @@
 Checks are of two kinds. ``serve`` runs a load and wants every byte right. ``reduction`` measures
 a count per transaction and gives points for how far it is from the starter's towards the
 solution's.
+
+A lab without code has checks of a third kind only: ``answer`` measures what a student was asked
+to measure, and gives points for the same result.
 """
 
 from __future__ import annotations
@@ -30,6 +33,21 @@ METRICS = (
 """What a ``reduction`` check may count per transaction: instructions, the entries of functions by
 their names in `grader.probe.counted`, or ``remote``: see `grader.experiment.Session.remote`."""
 
+ANSWERS = {
+    "syscalls": "number",
+    "instructions": "number",
+    "user": "number",
+    "objects": "number",
+    "transfers": "number",
+    "layer": "name",
+    "function": "name",
+    "object": "name",
+}
+"""What an ``answer`` check may ask for, and whether the answer is a number or a name; what each is
+says `grader.answers`."""
+CONNECTIONS_PER_VCPU = 64
+"""Of a bench."""
+
 
 class LabError(UserError):
     """A lab.toml says something that cannot be."""
@@ -51,6 +69,23 @@ class LoadShape:
 
 
 @dataclass(frozen=True)
+class Run:
+    """One server at one place of a bench, in the words of `invoke bench`."""
+
+    server: str
+    """A name of `grader.bench.SERVERS`."""
+    per_connection: int = 1
+    size: int = 64
+    vcpus: int = 4
+
+    @property
+    def load(self) -> LoadShape:
+        """The load of such a bench."""
+        connections = CONNECTIONS_PER_VCPU * self.vcpus
+        return LoadShape(connections, self.per_connection, self.size, mode="rounds")
+
+
+@dataclass(frozen=True)
 class Step:
     """From this share of the way to the solution on, so many points."""
 
@@ -65,12 +100,12 @@ class Check:
     id: str
     rubric: str
     title: str
-    kind: Literal["serve", "reduction"]
+    kind: Literal["serve", "reduction", "answer"]
     hint: str
     server: str
     load: LoadShape
     points: float = 0.0
-    """Of a ``serve`` check."""
+    """Of a ``serve`` or an ``answer`` check."""
     transactions: int = 0
     """How many a ``serve`` check asks for."""
     kills: int = 0
@@ -78,12 +113,20 @@ class Check:
     debug: bool = False
     """A ``serve`` check on the debug kernel: it must have nothing to report, and no leak."""
     metric: str = ""
-    """Of a ``reduction`` check: one of `METRICS`, per transaction."""
+    """Of a ``reduction``: one of `METRICS`, per transaction. Of an ``answer``: one of `ANSWERS`."""
     same_run: str = ""
     """The check whose measurement serves this one, too."""
     steps: tuple[Step, ...] = ()
     why: str = ""
     """Why this is asked for, and why its steps are where they are."""
+    run: Run | None = None
+    """What an ``answer`` is measured on."""
+    versus: Run | None = None
+    """Of an ``answer``: a number is so many times that of this run, a name first in what is above
+    this run."""
+    tolerance: float = 0.0
+    """Of an ``answer``: a number may be off by this part of what is measured, beside the interval;
+    a name is right, too, if it is behind the first by no more than this part."""
 
     @property
     def max_points(self) -> float:
@@ -93,6 +136,8 @@ class Check:
     @property
     def evidence(self) -> str:
         """What the points rest on; see the README."""
+        if self.kind == "answer":
+            return "probe"
         if self.kind == "serve":
             return "wire, and the debug kernel's reports by probe" if self.debug else "wire"
         return "probe, confirmed by wire"
@@ -110,6 +155,7 @@ class Lab:
     rubrics: Mapping[str, str]
     checks: tuple[Check, ...]
     active_check: str
+    """The check that shows whether the optimisation is active; empty where there is none."""
     active_share: float
     partial: bool = False
     """Some of its checks alone, see `only`: what they give is no grade."""
@@ -118,6 +164,11 @@ class Lab:
     def max_score(self) -> float:
         """The sum of all checks' points."""
         return sum(check.max_points for check in self.checks)
+
+    @property
+    def has_code(self) -> bool:
+        """Whether students write code; else answers, in the only file."""
+        return not any(check.kind == "answer" for check in self.checks)
 
     @property
     def needs_debug_kernel(self) -> bool:
@@ -179,13 +230,10 @@ def _lab(name: str, folder: Path, table: Mapping[str, Any]) -> Lab:
         checks[check.id] = check
     if unused := set(rubrics) - {check.rubric for check in checks.values()}:
         raise LabError(name, f"no check counts towards: {', '.join(sorted(unused))}")
-    active = table["active"]
-    if active["check"] not in checks or checks[active["check"]].kind != "reduction":
-        raise LabError(name, f"active.check: {active['check']} is no reduction check")
     files, kernel_files = tuple(table["files"]), tuple(table["kernel"])
     if not set(kernel_files) <= set(files):
         raise LabError(name, "kernel lists a file that files does not")
-    return Lab(
+    lab = Lab(
         name=name,
         folder=folder,
         title=table["title"],
@@ -193,15 +241,28 @@ def _lab(name: str, folder: Path, table: Mapping[str, Any]) -> Lab:
         kernel_files=kernel_files,
         rubrics=rubrics,
         checks=tuple(checks.values()),
-        active_check=active["check"],
-        active_share=active["share"],
+        active_check="",
+        active_share=0.0,
     )
+    if lab.has_code:
+        active = table["active"]
+        if active["check"] not in checks or checks[active["check"]].kind != "reduction":
+            raise LabError(name, f"active.check: {active['check']} is no reduction check")
+        return replace(lab, active_check=active["check"], active_share=active["share"])
+    if "active" in table or len(files) > 1 or any(c.kind != "answer" for c in lab.checks):
+        raise LabError(name, "a lab of answers has one file, no other checks, no active")
+    return lab
 
 
 def _check(lab: str, entry: Mapping[str, Any], server: str, earlier: Mapping[str, Check]) -> Check:
     values = dict(entry)
     where = f"check {values['id']}"
-    if source := values.get("same_run"):
+    if values["kind"] == "answer":
+        run = Run(**({"server": server} | values.pop("run")))
+        if other := values.pop("versus", None):
+            values["versus"] = replace(run, **other)
+        values["run"], load, server = run, run.load, run.server
+    elif source := values.get("same_run"):
         if source not in earlier or earlier[source].metric == "remote":
             raise LabError(lab, f"{where}: same_run names no earlier check of whole transactions")
         load, server = earlier[source].load, earlier[source].server
@@ -219,13 +280,17 @@ def _check(lab: str, entry: Mapping[str, Any], server: str, earlier: Mapping[str
 
 def _problem(check: Check) -> str:
     """Return what a check says that cannot be, or nothing."""
+    if check.kind != "answer" and (check.run or check.versus or check.tolerance):
+        return "run, versus and tolerance are an answer's"
     if check.kind == "serve":
         if check.points <= 0 or check.transactions <= 0 or check.steps or check.metric:
             return "a serve check has points and transactions, no steps"
         return ""
     if check.kind == "reduction":
         return _problem_of_reduction(check)
-    return "kind is neither serve nor reduction"
+    if check.kind == "answer":
+        return _problem_of_answer(check)
+    return "kind is none of serve, reduction and answer"
 
 
 def _problem_of_reduction(check: Check) -> str:
@@ -245,3 +310,12 @@ def _problem_of_reduction(check: Check) -> str:
         and not (increasing and 0 < steps[0].share <= steps[-1].share < 1),
     }
     return next((problem for problem, there in problems.items() if there), "")
+
+
+def _problem_of_answer(check: Check) -> str:
+    others = (check.steps, check.transactions, check.kills, check.debug, check.same_run)
+    if check.metric not in ANSWERS:
+        return f"metric is none of {', '.join(ANSWERS)}"
+    if check.points <= 0 or not 0 < check.tolerance < 1:
+        return "an answer has points, and a tolerance between 0 and 1"
+    return "an answer has no key of another kind of check" if any(others) else ""

@@ -63,7 +63,7 @@ class Profile:
 
     def layer(self, name: str) -> Interval:
         """Return a layer's instructions per transaction: mean and 95 % interval."""
-        return interval([_by(paths, charged).get(name, 0.0) for paths in self.rounds])
+        return interval([layers(paths).get(name, 0.0) for paths in self.rounds])
 
     @property
     def total(self) -> Interval:
@@ -82,7 +82,7 @@ class Profile:
 
     def record(self) -> dict[str, Any]:
         """Return this as plain data, in instructions per transaction."""
-        layers = [_by(paths, charged) for paths in self.rounds]
+        by_layer = [layers(paths) for paths in self.rounds]
         return {
             "server": self.server,
             "command": self.command,
@@ -90,9 +90,9 @@ class Profile:
             "instructions": [round(sum(paths.values()), 1) for paths in self.rounds],
             "counted_by_probe": [round(count, 1) for count in self.counted],
             "layers": {
-                name: [round(one.get(name, 0.0), 1) for one in layers]
+                name: [round(one.get(name, 0.0), 1) for one in by_layer]
                 for name in LAYERS
-                if any(name in one for one in layers)
+                if any(name in one for one in by_layer)
             },
             "functions": [
                 {"name": site.name, "file": site.file, "instructions": round(count, 1)}
@@ -100,6 +100,11 @@ class Profile:
                 if abs(count) >= 1
             ],
         }
+
+
+def layers(paths: Paths) -> dict[str, float]:
+    """Return layer -> instructions per transaction."""
+    return _by(paths, charged)
 
 
 def _by(paths: Paths, key: Callable[[CallPath], Key]) -> dict[Key, float]:
@@ -131,15 +136,11 @@ def measure(
     servers: Sequence[str],
 ) -> list[Profile]:
     """Measure the servers (names of `bench.SERVERS`) in turn. Raises `ExperimentFailed`."""
-    shape = LoadShape(bench.connections(cell), cell.per_connection, cell.size, mode="rounds")
     found: dict[str, list[tuple[Paths, float]]] = {name: [] for name in servers}
     for number in range(rounds):
         for name in servers:
             progress.update(f"n = {cell.per_connection}, round {number + 1} of {rounds}: {name}")
-            with Session(station, bench.SERVERS[name], shape, SEED + number) as session:
-                # A server may have brought its module.
-                station.name_modules()
-                found[name].append(_costs(station, session, *bench.windows(cell)))
+            found[name].append(measure_once(station, name, cell, SEED + number))
     return [
         Profile(
             server=name,
@@ -150,6 +151,18 @@ def measure(
         )
         for name in servers
     ]
+
+
+def measure_once(station: Station, server: str, cell: Cell, seed: int) -> tuple[Paths, float]:
+    """Return one round: instructions by call path, and all that the standard probe counts.
+
+    Both are per transaction. Raises `ExperimentFailed`.
+    """
+    shape = LoadShape(bench.connections(cell), cell.per_connection, cell.size, mode="rounds")
+    with Session(station, bench.SERVERS[server], shape, seed) as session:
+        # A server may have brought its module.
+        station.name_modules()
+        return _costs(station, session, *bench.windows(cell))
 
 
 def _costs(station: Station, session: Session, short: int, long: int) -> tuple[Paths, float]:

@@ -17,6 +17,7 @@ from grader.checks import CheckResult
 from grader.errors import UserError
 from grader.grade import Grade
 from grader.lab import Check, Lab
+from grader.results import commit
 
 
 def regrade(document: Mapping[str, Any], lab: Lab) -> Grade:
@@ -35,7 +36,7 @@ def regrade(document: Mapping[str, Any], lab: Lab) -> Grade:
         )
     rows = {row["id"]: row for row in document["checks"]}
     results = judge.apply_activity(lab, [_result(check, rows[check.id]) for check in lab.checks])
-    regraded = {"time": grading.now(), "commit": grading.commit()}
+    regraded = {"time": grading.now(), "commit": commit()}
     return Grade(
         lab=lab.name,
         variant=document["variant"],
@@ -51,6 +52,14 @@ def regrade(document: Mapping[str, Any], lab: Lab) -> Grade:
 
 def _result(check: Check, row: Mapping[str, Any]) -> CheckResult:
     samples = {name: tuple(values) for name, values in row["samples"].items()}
+    if check.kind == "answer":
+        result = judge.failed(check, row["verdict"], row["reason"], row["next_step"])
+        return replace(
+            result,
+            points=check.max_points if row["verdict"] == "pass" else 0.0,
+            measured=dict(row["measured"]),
+            compared_with=dict(row["compared_with"]),
+        )
     if not row["measured"]:
         result = judge.failed(check, row["verdict"], row["reason"], row["next_step"])
         return replace(result, samples=samples)

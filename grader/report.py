@@ -61,10 +61,11 @@ def write_bundle(grade: Grade, again: str, parent: Path) -> Path | None:
     """Keep what tells why a check failed; return the folder, or None if nothing needs telling.
 
     That is: the result, each machine's console and counters, and `again`, the command that
-    repeats the run. Only a check whose work went wrong counts, not one that costs too much; or a
-    reference that was lost on the way.
+    repeats the run. Only a check whose work went wrong counts, not one that costs too much, nor a
+    wrong answer; or a reference that was lost on the way.
     """
-    wrong = [r for r in grade.checks if r.verdict not in ("pass", "no-build") and not r.measured]
+    failed = [r for r in grade.checks if r.verdict not in ("pass", "no-build") and not r.measured]
+    wrong = [r for r in failed if r.evidence != "probe"]
     if not wrong and all(end.name == "submission" for end in grade.machines):
         return None
     results.make_folder(parent)
@@ -89,7 +90,7 @@ def table(grade: Grade, lab: Lab, console: Console) -> None:
     rows.add_column("check")
     rows.add_column("verdict", no_wrap=True)
     rows.add_column("points", justify="right", no_wrap=True)
-    rows.add_column("per transaction", no_wrap=True)
+    rows.add_column("per transaction" if lab.has_code else "answer", no_wrap=True)
     for rubric, title in lab.rubrics.items():
         mine = [result for result in grade.checks if result.rubric == rubric]
         got, most = sum(r.points for r in mine), sum(r.max_points for r in mine)
@@ -102,7 +103,10 @@ def table(grade: Grade, lab: Lab, console: Console) -> None:
                 _counts(result),
             )
     console.print(rows)
-    console.print(Text("per transaction: this one (starter .. solution)"))
+    if lab.has_code:
+        console.print(Text("per transaction: this one (starter .. solution)"))
+    else:
+        console.print(Text("answer: yours (accepted from .. to)"))
     # What is wrong with all of them (it does not compile) is said once.
     said: dict[tuple[str, str, str], list[str]] = {}
     for result in grade.checks:
@@ -121,7 +125,14 @@ def table(grade: Grade, lab: Lab, console: Console) -> None:
 
 
 def _counts(result: CheckResult) -> str:
-    """Return the count that the check compares, with the starter's and the solution's."""
+    """Return the count that the check compares, with the starter's and the solution's.
+
+    Of an answer that is a number: the number, with the least and the most that are accepted.
+    """
+    if "answer" in result.measured:
+        low, high = result.compared_with["low"], result.compared_with["high"]
+        digits = 0 if high >= 100 else 2
+        return f"{result.measured['answer']:,.10g} ({low:,.{digits}f} .. {high:,.{digits}f})"
     names = [name for name in METRICS if name in result.measured]
     if not names:
         return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,3 +51,19 @@ def checked(document: Mapping[str, Any], schema: Path) -> dict[str, Any]:
     plain: dict[str, Any] = json.loads(json.dumps(document))
     jsonschema.validate(plain, json.loads(schema.read_text()))
     return plain
+
+
+def commit() -> str:
+    """Return the checkout's commit, with ``+`` if files differ from it; empty without git."""
+    folder = Path(__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return ""
+    return done.stdout.strip()

@@ -16,7 +16,7 @@ from grader.probe import Probe, ProbeConfig, ProbeError, Symbols, sources
 from grader.probe.sharing import SharingProbe
 from grader.probe.stacks import StackProbe
 from grader.progress import Progress
-from grader.variant import Variant, lab_of, solution, solved_file
+from grader.variant import Variant, lab_of, solution, solved_file, starter
 from images.build import Image, build_image, build_programs
 from kernel.build import (
     UAPI,
@@ -63,7 +63,7 @@ def library_files(lab: Lab, variant: Variant) -> list[Path]:
     for name in known_labs():
         other = load_lab(name)
         for file in other.files:
-            if file not in other.kernel_files:
+            if other.has_code and file not in other.kernel_files:
                 own = name == lab.name
                 files.append(variant.files[file] if own else solved_file(other.folder, file))
     return files
@@ -82,8 +82,10 @@ def build(lab: Lab, variant: Variant, kernel: Kernel) -> Built:
 def build_solution(lab: Lab, progress: Progress) -> Built:
     """Compile the lab's solution, and whatever it needs, as the phase ``build``."""
     given.check_source(LABS, source_key())
+    # A lab of answers builds the same whatever they are, and a handout has no solved ones.
+    variant = solution(lab.folder) if lab.has_code else starter(lab.folder)
     with progress.phase("build"):
-        return build(lab, solution(lab.folder), build_kernel(progress=progress))
+        return build(lab, variant, build_kernel(progress=progress))
 
 
 def module_sections(machine: Machine, name: str) -> dict[str, int]:

@@ -297,7 +297,7 @@ def test_nothing_that_is_copied_holds_a_solution(real: handout.Plan) -> None:
     assert len(secrets.needles) > 50
     for file in real.hidden():
         assert list(secrets.found_in(file.path, file.solved.encode()))
-        starter = variant.starter_text(file.solved)
+        starter = variant.starter_text(file.solved, file.path)
         assert not list(secrets.found_in(file.path, starter.encode()))
     for name in real.copied:
         assert not list(secrets.found_in(name, (setup.ROOT / name).read_bytes()))

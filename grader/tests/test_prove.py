@@ -11,12 +11,14 @@ import pytest
 from grader import prove
 from grader import variant as variants
 from grader.checks import Verdict, failed, served
-from grader.grade import Grade, commit, grade
+from grader.grade import Grade, grade
 from grader.lab import Lab, known_labs, load_lab
 from grader.prove import Case, MutantError
+from grader.results import commit
 from kernel.build import Kernel
 
-LABS = [load_lab(name) for name in known_labs()]
+# An answer is right or wrong: there is no mutant of one.
+LABS = [lab for lab in map(load_lab, known_labs()) if lab.has_code]
 LAB = load_lab("2-partitioning")
 SAMPLE = 1
 
