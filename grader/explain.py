@@ -97,8 +97,9 @@ def _rounds(result: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[str]:
     yield f"    95 %: ±    {halves}{share.half:>12.1%}"
     yield "  compared     share = (starter - submission) / (starter - solution), of each round"
     for step in row["steps"]:
-        state = "reached" if step["share"] <= share.high else "not reached"
-        if share.low < step["share"] <= share.high:
+        best = judge.share_given(share)
+        state = "reached" if step["share"] <= best else "not reached"
+        if share.low < step["share"] <= best:
             state += ": it lies within the interval, and the better step counts"
         at = count(at_step(result, step["share"]))
         yield (

@@ -143,12 +143,13 @@ def comparison(check: Mapping[str, Any], row: Mapping[str, Any]) -> str:
         # The first round on top, so that equal counts do not hide each other.
         heights = np.linspace(height + 0.22, height - 0.22, len(values))
         axes.scatter(values, heights, s=22, c=fill, edgecolors=edge, marker=marker, zorder=3)
-    for step in row["steps"]:
+    for level, step in enumerate(reversed(row["steps"])):
         x = explain.at_step(check, step["share"])
         axes.axvline(x, color="black", lw=0.9, ls=(0, (4, 2)), zorder=1)
         axes.text(
             x,
-            1.03,
+            # Steps may lie close together.
+            1.03 + 0.13 * level,
             f"{step['points']:g} points",
             transform=axes.get_xaxis_transform(),
             ha="center",

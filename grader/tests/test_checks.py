@@ -44,6 +44,14 @@ def test_a_step_inside_the_interval_counts_as_reached_and_asks_for_more() -> Non
     assert checks.reduction(CHECK, starter, solution, samples).points == 12
 
 
+def test_the_doubt_that_is_given_ends_somewhere() -> None:
+    # Means of 0 %, and an interval that reaches beyond 100 %.
+    starter, solution, samples = [4.0] * 3, [0.1] * 3, [0.1, 4.0, 7.9]
+    share = checks.interval(checks.shares(starter, solution, samples))
+    assert share.high > 1
+    assert checks.reduction(CHECK, starter, solution, samples).points == 0
+
+
 def test_worse_than_the_starter_is_no_negative_score() -> None:
     result = checks.reduction(CHECK, [4.0, 4.0], [0.1, 0.1], [9.0, 9.1])
     assert result.points == 0
