@@ -435,9 +435,13 @@ class Console:
         """How the program ended, in words."""
         if self.alive:
             return "still running"
-        if self._child.signalstatus is not None:
-            return f"ended by {signal.Signals(self._child.signalstatus).name}"
-        return f"ended with status {self._child.exitstatus}"
+        status = self._child.exitstatus or 0
+        # Who runs it for us (bwrap) tells a signal as shells do.
+        number = self._child.signalstatus or (status - 128 if status > 128 else 0)
+        try:
+            return f"ended by {signal.Signals(number).name}"
+        except ValueError:
+            return f"ended with status {status}"
 
     def poll(self) -> bool:
         """Read what is there, without waiting, at most 1 MB.
