@@ -435,8 +435,9 @@ def test_a_planted_line_stops_the_verb(
     assert kernel.key != debug_kernel.key
     planted = tmp_path / "planted"
     shutil.copytree(copied_tree, planted)
-    region = handout.plan(copied_tree).hidden()[0]
-    line = max(variant.solution_regions(region.solved)[0].split("\n"), key=len).strip()
+    file = next(f for f in handout.plan(copied_tree).hidden() if f.path.endswith(".c"))
+    regions = variant.solution_regions(file.solved, file.path)
+    line = max(regions[0].split("\n"), key=len).strip()
     template = planted / handout.TEMPLATE
     template.write_text(f"{template.read_text()}\nHint: `{line}`\n")
     commit(planted)
