@@ -17,7 +17,7 @@ import psutil
 import pytest
 from filelock import FileLock
 
-from grader import batch, grade, setup
+from grader import batch, results, setup
 from grader import variant as variants
 from grader.batch import GradedClass, Row
 from grader.errors import UsageError, UserError
@@ -159,10 +159,10 @@ def test_another_lab_or_project_is_graded_anew(
     course: Course, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     course.hand_in("a", "full")
-    monkeypatch.setattr(grade, "commit", lambda: "0123456789ab")
+    monkeypatch.setattr(results, "commit", lambda: "0123456789ab")
     first = course.grade().rows[0].outcome.key
     assert course.grade().rows[0].outcome.key == first
-    monkeypatch.setattr(grade, "commit", lambda: "ba9876543210")
+    monkeypatch.setattr(results, "commit", lambda: "ba9876543210")
     assert course.grade().rows[0].outcome.key != first
     assert course.words() == ["full", "full"]
 
