@@ -25,7 +25,9 @@ def broken(content: str, name: str = KERNEL_FILE) -> list[str]:
 
 
 def test_every_file_of_every_lab_has_rules() -> None:
-    names = {name for table in LABS.glob("*/lab.toml") for name in lab_files(table.parent)}
+    files = {name for table in LABS.glob("*/lab.toml") for name in lab_files(table.parent)}
+    # What is not compiled needs none: lab 0's answers.
+    names = [name for name in files if name.endswith(".c")]
     assert names
     assert [name for name in names if rules.of(name) is None] == []
 
