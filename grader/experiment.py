@@ -143,6 +143,8 @@ class Session:
     ) -> None:
         self._station = station
         self._program = shlex.split(server)[0]
+        # As the kernel knows it.
+        self._name = shlex.quote(self._program[:15])
         buffer = max(4096, min(shape.size, 65536))
         self._command = f"{server} --buffer {buffer} --daemon --port {PORT}"
         machine = station.machine
@@ -222,15 +224,15 @@ class Session:
             before = after
         return windows
 
-    def remote(self, transactions: int) -> float:
-        """Return the work per transaction that is done on another vCPU than its packets arrive on.
+    def remote(self, transactions: int) -> Costs:
+        """Return the costs, with ``remote``: work on another vCPU than the packets arrive on.
 
         For a load of one connection at a time, and counted for one at a time: the vCPU on which
         most of its packets arrived is its home. Of `LOCAL_WORK`, 0 when all of it is done there,
-        1 when none is.
+        1 when none is. The rest is a mean, in which the pauses between the transactions are, too.
         """
         away = 0
-        before = self._station.probe.read()
+        first = before = self._station.probe.read()
         for _ in range(transactions):
             self.run(1)
             after = self._station.probe.read()
@@ -238,12 +240,20 @@ class Session:
             home = int(moved["tcp_rcv"].argmax())
             away += sum(int(moved[name].sum() - moved[name][home]) for name in LOCAL_WORK)
             before = after
-        return away / len(LOCAL_WORK) / transactions
+        total = (before - first).total
+        calls = {name: count / transactions for name, count in total.functions.items()}
+        return Costs(
+            user_instructions=total.user / transactions,
+            kernel_instructions=total.kernel / transactions,
+            clock_instructions=total.clock / transactions,
+            calls={**calls, "remote": away / len(LOCAL_WORK) / transactions},
+        )
 
     def kill_under_load(self) -> None:
         """Kill the server while its clients work, whose errors are none; it must go."""
-        name = shlex.quote(self._program[:15])
-        later = f"(sleep {KILL_AFTER_SECONDS}; killall -9 {name}) </dev/null >/dev/null 2>&1 &"
+        later = (
+            f"(sleep {KILL_AFTER_SECONDS}; killall -9 {self._name}) </dev/null >/dev/null 2>&1 &"
+        )
         with self._judged():
             self._station.machine.run(later)
             with suppress(Stalled, Stopped):
@@ -276,10 +286,10 @@ class Session:
 
     def _kill(self) -> bool:
         """End the server; False if its threads do not go: one of them hangs in the kernel."""
-        name = shlex.quote(self._program[:15])
         command = (
-            f"killall -9 {name} 2>/dev/null; "
-            f"for i in $(seq 20); do pidof {name} >/dev/null || exit 0; sleep 0.1; done; exit 1"
+            f"killall -9 {self._name} 2>/dev/null; "
+            f"for i in $(seq 20); do pidof {self._name} >/dev/null || exit 0; sleep 0.1; done; "
+            "exit 1"
         )
         return self._station.machine.run(command, timeout=KILL_SECONDS).status == 0
 
@@ -392,8 +402,7 @@ class Comparison:
                     continue
                 session = Session(station, self._server, self._shape, self._seed)
                 with self._recording(name), session:
-                    remote = session.remote(REMOTE_CONNECTIONS)
-                    self._compared.costs[name].append(Costs(0, 0, 0, {"remote": remote}))
+                    self._compared.costs[name].append(session.remote(REMOTE_CONNECTIONS))
         return self._compared
 
     def measure(self, rounds: int) -> Compared:
