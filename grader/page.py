@@ -6,20 +6,16 @@ escaped; the page's own policy forbids scripts besides. Nothing in it is told by
 
 from __future__ import annotations
 
-import io
 import shlex
 from collections.abc import Mapping
-from html import escape
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
 from grader import checks as judge
-from grader import explain, results
+from grader import explain, markup, results
 from grader.formats import NO_SCORE, clean, judged
 
 TEMPLATE = "page.html.j2"
@@ -40,16 +36,9 @@ def write(document: Mapping[str, object], path: Path) -> None:
 def text(document: Mapping[str, object]) -> str:
     """Return the page of a result, see result.schema.json; the same for the same result."""
     clean_document: dict[str, Any] = _cleaned(document)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     rows = {row["id"]: row for row in clean_document["table"]["checks"]}
     checks = clean_document["checks"]
-    return environment.get_template(TEMPLATE).render(
+    return markup.template(TEMPLATE).render(
         document=clean_document,
         judged=judged(clean_document),
         no_score=NO_SCORE,
@@ -163,7 +152,7 @@ def comparison(check: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    return _svg(figure, f"{check['title']}: {check['reason']}", check["id"])
+    return markup.svg(figure, f"{check['title']}: {check['reason']}", check["id"])
 
 
 def phases(seconds: Mapping[str, float]) -> str:
@@ -176,15 +165,4 @@ def phases(seconds: Mapping[str, float]) -> str:
     axes.margins(x=0.12)
     axes.set_xlabel("seconds")
     axes.spines[["top", "right"]].set_visible(False)
-    return _svg(figure, "Seconds that each phase took", "phases")
-
-
-def _svg(figure: Figure, description: str, salt: str) -> str:
-    written = io.StringIO()
-    # Text stays text, and identifiers are the same each time, but differ between the plots.
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
-        figure.savefig(written, format="svg", metadata={"Date": None, "Creator": None})
-    svg = written.getvalue()
-    # Inside a page it needs neither XML's prolog nor a document type.
-    svg = svg[svg.index("<svg") :]
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(description)}" ', 1)
+    return markup.svg(figure, "Seconds that each phase took", "phases")

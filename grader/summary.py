@@ -17,12 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from grader import results, similarity
+from grader import markup, results, similarity
 from grader import variant as variants
 from grader.batch import GradedClass, Row
 from grader.checks import Verdict
@@ -225,15 +223,8 @@ def html(graded: GradedClass, alike: Similarity, pages: Mapping[str, str]) -> st
     """Return the class as one page that needs nothing else; `pages` by `Row.name`."""
     lab = graded.lab
     documents = [row.outcome.document for row in graded.rows if row.outcome.document is not None]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     pairs = _pairs(graded, alike)
-    return environment.get_template(TEMPLATE).render(
+    return markup.template(TEMPLATE).render(
         lab=lab,
         letters=string.ascii_uppercase,
         median=statistics.median,
@@ -336,9 +327,4 @@ def histogram(scores: Sequence[float], max_score: float) -> str:
     axes.set_ylabel("students")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
-    text = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "megapipe-lab"}):
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    svg = text.getvalue()
-    # Inside a page it needs neither XML's prolog nor a document type.
-    return svg[svg.index("<svg") :]
+    return markup.svg(figure, "How many students have how many points", "points")
