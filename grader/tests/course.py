@@ -11,11 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from grader import batch, checks, points, report, setup
+from grader import batch, checks, report, setup
 from grader.batch import GradedClass
 from grader.grade import Grade
 from grader.lab import load_lab
 from grader.progress import Progress
+from grader.tests.results import graded
 
 LAB = load_lab("1-batching")
 FAKE = Path(__file__).with_name("fake_grade.py")
@@ -99,25 +100,7 @@ def _solved() -> Grade:
         else checks.reduction(check, [4.0, 4.1], [0.1, 0.11], [0.1, 0.11])
         for check in LAB.checks
     ]
-    return Grade(
-        lab=LAB.name,
-        variant="submission",
-        score=checks.score(results),
-        max_score=LAB.max_score,
-        checks=tuple(results),
-        environment={
-            "kernel": "6.12.1-megapipe",
-            "qemu": "7.2",
-            "cpu_model": "qemu64",
-            "accelerator": "tcg",
-            "vcpus": 4,
-            "seed": 1,
-            "host_load": {"before": 0.1, "after": 0.2},
-            "commit": "",
-        },
-        phases={},
-        table=points.table(LAB),
-    )
+    return graded(LAB, results)
 
 
 @pytest.fixture

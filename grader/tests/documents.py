@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from grader import checks, points, report
+from grader import checks, report
 from grader.checks import CheckResult, Verdict
 from grader.grade import Grade
 from grader.lab import Lab, load_lab
+from grader.tests.results import ENVIRONMENT, graded
 
 LAB = load_lab("echo", Path(__file__).parent / "labs")
 STARTER = (4.0, 4.1, 4.05)
@@ -53,26 +54,16 @@ def grade(
         for check in lab.checks
     ]
     results = checks.apply_activity(lab, results)
-    return Grade(
-        lab=lab.name,
-        variant="submission",
-        score=checks.score(results),
-        max_score=lab.max_score,
-        checks=tuple(results),
+    return graded(
+        lab,
+        results,
         environment={
-            "kernel": "6.12.1-megapipe",
-            "qemu": "7.2",
-            "cpu_model": "qemu64",
-            "accelerator": "tcg",
-            "vcpus": 4,
-            "seed": 1,
-            "host_load": {"before": 0.1, "after": 0.2},
+            **ENVIRONMENT,
             "commit": "0123456789ab",
             "time": "2026-11-26T08:00:00Z",
             "seconds": 31.4,
         },
         phases={"kernel": 0.1, "boot": 2.0, "correctness": 9.5},
-        table=points.table(lab),
         ignored=("notes.txt",),
     )
 

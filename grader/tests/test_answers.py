@@ -21,6 +21,7 @@ from grader.experiment import ExperimentFailed, Failure
 from grader.lab import ANSWERS, Check, LabError, Run, load_lab
 from grader.probe.counted import EVENTS
 from grader.progress import Progress
+from grader.tests.results import ENVIRONMENT
 from kernel.build import Kernel
 
 LAB = load_lab("0-measure")
@@ -30,16 +31,6 @@ RATIO = BY_ID["four-to-one"]
 NAME = BY_ID["layer-most"]
 SOLVED = answers.read(LAB.folder / "answers.toml")
 QUIET = Progress(quiet=True)
-ENVIRONMENT = {
-    "kernel": "6.12.1-megapipe",
-    "qemu": "7.2",
-    "cpu_model": "qemu64",
-    "accelerator": "tcg",
-    "vcpus": 4,
-    "seed": 1,
-    "host_load": {"before": 0.1, "after": 0.2},
-    "commit": "",
-}
 
 
 def test_the_lab_asks_for_what_can_be_measured() -> None:

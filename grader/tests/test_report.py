@@ -9,10 +9,11 @@ import jsonschema
 import pytest
 from rich.console import Console
 
-from grader import checks, points, report, results
+from grader import checks, report, results
 from grader.errors import UserError
 from grader.grade import Grade, MachineEnd
 from grader.lab import load_lab
+from grader.tests.results import graded
 
 LAB = load_lab("1-batching")
 
@@ -24,26 +25,7 @@ def _grade(verdict: checks.Verdict = "fail") -> Grade:
         else checks.reduction(check, [4.0, 4.1], [0.1, 0.11], [0.1, 0.11])
         for check in LAB.checks
     ]
-    return Grade(
-        lab=LAB.name,
-        variant="submission",
-        score=checks.score(results),
-        max_score=LAB.max_score,
-        checks=tuple(results),
-        environment={
-            "kernel": "6.12.1-megapipe",
-            "qemu": "7.2",
-            "cpu_model": "qemu64",
-            "accelerator": "tcg",
-            "vcpus": 4,
-            "seed": 1,
-            "host_load": {"before": 0.1, "after": 0.2},
-            "commit": "",
-        },
-        phases={"boot": 2.0},
-        table=points.table(LAB),
-        ignored=("notes.txt",),
-    )
+    return graded(LAB, results, phases={"boot": 2.0}, ignored=("notes.txt",))
 
 
 def test_the_file_fits_its_schema_and_holds_what_was_measured(tmp_path: Path) -> None:
