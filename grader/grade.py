@@ -233,33 +233,17 @@ class References:
         self._stations, self._booting = {}, {}
 
 
-class DebugDoubts:
-    """`References.doubt` on the debug kernel, whose solution is built and booted when asked for."""
-
-    def __init__(self, lab: Lab, kernel: Kernel, vcpus: int, stack: ExitStack) -> None:
-        self._lab = lab
-        self._kernel = kernel
-        self._vcpus = vcpus
-        self._stack = stack
-        self._references: References | None = None
-
-    def __call__(self, run: Callable[[Station], None]) -> str:
-        """Return why the solution cannot do `run` either, on this machine just now; or nothing."""
-        if self._references is None:
-            built = build(self._lab, variants.solution(self._lab.folder), self._kernel)
-            quiet = Progress(quiet=True)
-            self._references = References({"solution": built}, self._vcpus, self._stack, quiet)
-        return self._references.doubt(run)
-
-
 class _OnDebugKernel:
     """The checks on the debug kernel, in a thread of their own from the first moment on."""
 
     def __init__(self, lab: Lab, built: Built, vcpus: int, seed: int, stack: ExitStack) -> None:
-        self._checks = [check for check in lab.checks if check.debug]
+        self._lab = lab
+        self._kernel = built.kernel
+        self._vcpus = vcpus
         self._seed = seed
+        self._stack = stack
         self._candidate = Candidate(built, vcpus, stack, Progress(quiet=True))
-        self._doubt = DebugDoubts(lab, built.kernel, vcpus, stack)
+        self._references: References | None = None
         # From the last to the first: no new machine, the machines, the thread.
         thread = stack.enter_context(ThreadPoolExecutor(1))
         self._candidate.start()
@@ -267,9 +251,19 @@ class _OnDebugKernel:
         stack.callback(self._candidate.cancel)
 
     def _run(self) -> list[CheckResult]:
-        found = [_serve(check, self._candidate, self._doubt, self._seed) for check in self._checks]
+        checks = [check for check in self._lab.checks if check.debug]
+        found = [_serve(check, self._candidate, self._doubt, self._seed) for check in checks]
         self._candidate.close()
         return found
+
+    def _doubt(self, run: Callable[[Station], None]) -> str:
+        # Built and booted for the first who asks: seldom anybody does.
+        if self._references is None:
+            solution = build(self._lab, variants.solution(self._lab.folder), self._kernel)
+            self._references = References(
+                {"solution": solution}, self._vcpus, self._stack, Progress(quiet=True)
+            )
+        return self._references.doubt(run)
 
     def results(self) -> list[CheckResult]:
         """Wait for the results; raises what went wrong."""
