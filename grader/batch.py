@@ -37,7 +37,7 @@ from grader.submission import SubmissionError, shown
 from grader.variant import Variant
 from kernel.build import build_kernel
 
-# Seconds for one grade, twenty times what most take: a submission that hangs takes minutes.
+# Seconds for one grade, ten times what most take: a submission that hangs takes minutes.
 GRADE_SECONDS = 900.0
 # Seconds for a grade to end after Ctrl-C, its machines with it.
 STOP_SECONDS = 15.0
