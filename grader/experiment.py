@@ -45,6 +45,17 @@ LEAVE = (
 LEAVE_SECONDS = 30.0
 # A module from outside taints the kernel.
 EXPECTED_REPORTS = ("taint",)
+# Of the reports, those that no load of the host can cause: that a stall is seen can have one.
+CONCLUSIVE_REPORTS = (
+    "kasan",
+    "kfence",
+    "slub",
+    "ubsan",
+    "lockdep",
+    "debug_objects",
+    "schedule_bug",
+    "kmemleak",
+)
 # What a connection consists of on the server: all of it belongs where its packets arrive.
 LOCAL_WORK = ("tcp_accept", "tcp_recvmsg", "tcp_sendmsg", "tcp_close")
 
@@ -107,6 +118,8 @@ class Failure:
     """Of a panic or a hang: what the kernel printed, decoded."""
     phase: PhaseResult | None = None
     """What the load has seen of it, if it came to its end."""
+    conclusive: bool = False
+    """No fault of the host's can be the reason, so there is nothing to compare it with."""
 
 
 class ExperimentFailed(Exception):
@@ -336,15 +349,18 @@ def nothing_to_report(station: Station) -> Iterator[None]:
     except MachineError as error:
         raise ExperimentFailed(machine_failure(error)) from None
     moved = (station.probe.read() - before).total.functions
-    found = [
-        f"{counted.meaning} ({moved[counted.name]})"
+    found = {
+        counted.name: f"{counted.meaning} ({moved[counted.name]})"
         for counted in REPORTERS
         if counted.name not in EXPECTED_REPORTS and moved.get(counted.name)
-    ]
+    }
     trace = "\n".join(report.trace for report in machine.console.transcript.reports()[reports:])
     if found:
-        reason = f"the debug kernel reports: {', '.join(found)}"
-        raise ExperimentFailed(Failure("fail", reason, trace or leaving.text[-2000:]))
+        reason = f"the debug kernel reports: {', '.join(found.values())}"
+        conclusive = not found.keys().isdisjoint(CONCLUSIVE_REPORTS)
+        raise ExperimentFailed(
+            Failure("fail", reason, trace or leaving.text[-2000:], conclusive=conclusive)
+        )
     if leaving.status:
         raise ExperimentFailed(
             Failure("fail", f"the module cannot be unloaded: {leaving.text.strip()[-300:]}")

@@ -528,7 +528,7 @@ def _serve(check: Check, candidate: Candidate, doubt: Doubt, seed: int) -> Check
     if failure is None:
         result = judge.served(check, check.transactions)
         return replace(result, reason=result.reason + attempt.note(), samples=seen)
-    if attempt.ran and (reason := doubt(run)):
+    if attempt.ran and not failure.conclusive and (reason := doubt(run)):
         return judge.failed(
             check, "infra", f"{failure.reason}; but the solution fails here, too: {reason}"
         )

@@ -24,6 +24,7 @@ METRICS = (
     "syscalls",
     "instructions",
     "wakeups",
+    "queue_wakeups",
     "fd_alloc",
     "file_alloc",
     "inode_alloc",

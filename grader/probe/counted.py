@@ -56,6 +56,7 @@ EVENTS = (
     _counted("tcp_recvmsg", "tcp_recvmsg", "tcp_recvmsg"),
     _counted("tcp_close", "tcp_close", "connections closed by their owner"),
     _counted("wakeups", "try_to_wake_up", "attempts to wake a task"),
+    _counted("queue_wakeups", "__wake_up_sync_key", "wait queues woken by a socket's callback"),
     _counted("schedules", "__schedule", "runs of the scheduler"),
     _counted("context_switches", "__switch_to", "switches from one task to another"),
     _counted(

@@ -11,6 +11,7 @@ import pytest
 
 from grader import grade
 from grader.experiment import ExperimentFailed, Failure
+from grader.lab import load_lab
 from grader.probe.counters import Total
 from grader.progress import Progress
 
@@ -85,3 +86,23 @@ def test_one_that_only_fails_keeps_its_machine(references: grade.References) -> 
 
     assert references.doubt(run) == "a wrong byte"
     assert references.ends == []
+
+
+@pytest.mark.parametrize(("conclusive", "verdict"), [(True, "fail"), (False, "infra")])
+def test_what_no_load_of_the_host_can_cause_is_not_doubted(
+    conclusive: bool,
+    verdict: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def doubt(run: Any) -> str:
+        asked.append(run)
+        return "the solution is too slow here, too"
+
+    failure = Failure("fail", "the debug kernel reports", conclusive=conclusive)
+    monkeypatch.setattr(grade, "_attempt", lambda *_: grade.Attempt(failure, []))
+    check = next(check for check in load_lab("2-partitioning").checks if check.debug)
+    candidate: Any = None
+    assert grade._serve(check, candidate, doubt, seed=1).verdict == verdict
+    assert bool(asked) is not conclusive

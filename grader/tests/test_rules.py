@@ -318,7 +318,7 @@ def test_other_ways_to_write_the_librarys_file_pass(kernel: Kernel) -> None:
             "mp_partition.c",
             "static struct listener *find(",
             "struct listener *find(",
-            "mp_partition.c:27: error: not allowed here: find can be seen by other files",
+            "mp_partition.c:30: error: not allowed here: find can be seen by other files",
         ),
     ],
 )

@@ -109,14 +109,6 @@ struct mp_wait {
 	wait_queue_entry_t entry;
 };
 
-/* What an lwsocket's callbacks were before they were ours. */
-struct mp_callbacks {
-	void (*data_ready)(struct sock *sk);
-	void (*write_space)(struct sock *sk);
-	void (*state_change)(struct sock *sk);
-	void (*error_report)(struct sock *sk);
-};
-
 struct mp_write {
 	struct iov_iter iter;		/* what is left */
 	struct iovec *iov;		/* to be freed, for writev */
@@ -159,11 +151,10 @@ struct mp_handle {
 	__poll_t events;		/* events that did */
 	struct list_head link;		/* in channel->ready or a batch, or empty */
 
-	/* How it learns of events: from wait queues, or from an lwsocket's callbacks. */
+	/* How it learns of events: from wait queues, or as the lab's ->watch() has it. */
 	struct mp_wait wait;
 	struct mp_wait *second;		/* of a file with two queues (pipes) */
-	bool called_back;		/* @plain are to be returned */
-	struct mp_callbacks plain;
+	bool watched;			/* ->unwatch() is to be called */
 };
 
 /*
@@ -239,8 +230,6 @@ void mp_lw_close(struct mp_channel *ch, struct socket *lw);
 void mp_lw_drop_all(struct mp_channel *ch);
 
 /* socket.c */
-bool mp_callbacks_take(struct mp_handle *h);
-void mp_callbacks_return(struct mp_handle *h);
 const struct mp_kind *mp_socket_kind(const struct socket *sock);
 extern const struct mp_kind mp_tcp_kind;
 

@@ -158,8 +158,8 @@ static int mp_handle_watch(struct mp_handle *h)
 {
 	struct mp_watch watch = { .handle = h };
 
-	if (h->light && mp_callbacks_take(h)) {
-		h->called_back = true;
+	if (h->light && h->channel->lwsocket->watch(h->sock, h)) {
+		h->watched = true;
 		return 0;
 	}
 	/* A TCP socket has this one queue. An lwsocket has no file to ask. */
@@ -180,9 +180,9 @@ void mp_handle_unwait(struct mp_handle *h)
 {
 	struct mp_channel *ch = h->channel;
 
-	if (h->called_back) {
-		mp_callbacks_return(h);
-		h->called_back = false;
+	if (h->watched) {
+		ch->lwsocket->unwatch(h->sock);
+		h->watched = false;
 	} else {
 		mp_wait_leave(&h->wait);
 		if (h->second)
@@ -214,7 +214,7 @@ int mp_handle_wait(struct mp_handle *h, __poll_t events)
 	h->armed = events;
 	spin_unlock_irq(&ch->lock);
 
-	if (unlikely(!READ_ONCE(h->wait.head)) && !h->called_back && !h->kind->offloads) {
+	if (unlikely(!READ_ONCE(h->wait.head)) && !h->watched && !h->kind->offloads) {
 		ret = mp_handle_watch(h);
 		if (ret) {
 			mp_handle_unwait(h);

@@ -1,14 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * MegaPipe: a second listening socket at an address that is in use, for the
- * handshakes that arrive on some CPUs. Which CPUs, and who may have them, is
- * the partition's business (see partition.h).
+ * MegaPipe: a socket that is like a listening one in everything that its user
+ * has set, so that it can listen in its place (see partition.h).
  */
 #include <linux/cpumask.h>
 #include <linux/file.h>
 #include <linux/ipv6.h>
 #include <linux/net.h>
-#include <linux/slab.h>
 #include <linux/sockptr.h>
 #include <linux/tcp.h>
 #include <net/inet_connection_sock.h>
@@ -139,7 +137,7 @@ static void mp_copy_address(struct sock *to, const struct sock *from)
 }
 
 /* Copy everything into @to, which nobody else knows of yet; name its CC. */
-static int mp_listener_copy(struct sock *to, struct sock *from, char *congestion)
+static int mp_copy_all(struct sock *to, struct sock *from, char *congestion)
 {
 	int ret = 0;
 
@@ -159,59 +157,38 @@ static int mp_listener_copy(struct sock *to, struct sock *from, char *congestion
 	return ret;
 }
 
-static int mp_listener_start(struct sock *sk, const struct cpumask *cpus)
-{
-	u8 reuse = sk->sk_reuse;
-	int ret;
-
-	lock_sock(sk);
-	/* Before anything can be given to it. */
-	ret = inet_csk_listen_on_cpus(sk, cpus);
-	if (!ret) {
-		/* The address is in use, and that is the point. */
-		sk->sk_reuse = SK_FORCE_REUSE;
-		ret = inet_csk_listen_start(sk);
-		sk->sk_reuse = reuse;
-		if (ret)
-			inet_csk_listen_on_cpus(sk, NULL);
-	}
-	release_sock(sk);
-	return ret;
-}
-
-struct file *mp_listener_clone(struct file *listener, const struct cpumask *cpus)
+struct socket *mp_listener_copy(struct file *listener)
 {
 	struct sock *from = sock_from_file(listener)->sk;
 	char congestion[TCP_CA_NAME_MAX] = "";
 	struct socket *sock;
-	struct file *file;
 	int ret;
 
 	/* The user's, as if made with socket(): asked for, charged, counted. */
 	ret = __sock_create(sock_net(from), from->sk_family, SOCK_STREAM, IPPROTO_TCP, &sock, 0);
 	if (ret)
 		return ERR_PTR(ret);
-	ret = mp_listener_copy(sock->sk, from, congestion);
+	ret = mp_copy_all(sock->sk, from, congestion);
 	if (!ret && strcmp(congestion, inet_csk(sock->sk)->icsk_ca_ops->name))
 		ret = do_sock_setsockopt(sock, false, SOL_TCP, TCP_CONGESTION,
 					 KERNEL_SOCKPTR(congestion), strlen(congestion));
-	if (!ret)
-		ret = mp_listener_start(sock->sk, cpus);
 	if (ret) {
-		/* A port without a bind bucket would be taken for a mistake. */
-		if (!inet_csk(sock->sk)->icsk_bind_hash)
-			inet_sk(sock->sk)->inet_num = 0;
-		sock_release(sock);
+		mp_listener_discard(sock);
 		return ERR_PTR(ret);
 	}
-	file = sock_alloc_file(sock, O_NONBLOCK, NULL);	/* releases @sock if it fails */
-	return file;
+	return sock;
 }
 
-void mp_listener_stop(struct file *clone)
+void mp_listener_discard(struct socket *copy)
 {
-	struct socket *sock = sock_from_file(clone);
+	struct sock *sk = copy->sk;
 
-	/* Of a listening socket, shutdown() is tcp_disconnect(). */
-	sock->ops->shutdown(sock, SHUT_RDWR);
+	lock_sock(sk);
+	/* Listening no more would free its mask; it never did. */
+	inet_csk_listen_on_cpus(sk, NULL);
+	/* A port without a bind bucket would be taken for a mistake. */
+	if (!inet_csk(sk)->icsk_bind_hash)
+		inet_sk(sk)->inet_num = 0;
+	release_sock(sk);
+	sock_release(copy);
 }

@@ -15,6 +15,8 @@
 #include <linux/fs.h>
 #include <linux/net.h>
 
+#include "channel.h"
+
 struct mp_lwsocket_ops {
 	/* When the module is loaded and unloaded. 0 or a negative errno. */
 	int (*init)(void);
@@ -46,13 +48,35 @@ struct mp_lwsocket_ops {
 	void (*close)(struct socket *lw);
 
 	/*
+	 * Owner, may sleep. Tell @h of what happens to the connection, until
+	 * ->unwatch(), by mp_handle_notify(): EPOLLIN, there may be something
+	 * to read, the end of the stream included; EPOLLOUT, there is room to
+	 * write again; EPOLLERR, there is an error to report; EPOLLHUP, the
+	 * connection has changed its state. To say too much costs time, to say
+	 * too little makes somebody wait for ever. Returns false if @lw cannot
+	 * be watched: the module then joins its wait queue, as for any socket.
+	 *
+	 * mp_handle_notify(h, events) makes the handle ready if it waits for
+	 * one of the events. Any context; it takes the channel's lock.
+	 */
+	bool (*watch)(struct socket *lw, struct mp_handle *h);
+
+	/*
+	 * Owner, or whoever closes the channel; may sleep. Only after ->watch()
+	 * has returned true. When this returns nobody looks at the handle any
+	 * more, on whatever CPU, and what was changed is as it was.
+	 */
+	void (*unwatch)(struct socket *lw);
+
+	/*
 	 * Owner, may sleep. Make an ordinary socket of the connection, packets
 	 * arriving meanwhile: returns its file (no descriptor yet), and there
 	 * is no connection in @lw; or ERR_PTR() and nothing has changed. Nobody
-	 * waits in @lw's wait queue.
+	 * waits in @lw's wait queue, and it is not watched.
 	 */
 	struct file *(*convert)(struct socket *lw);
 };
+
 
 extern const struct mp_lwsocket_ops mp_lightweight_ops;	/* the lab's mp_lwsocket.c */
 

@@ -7,15 +7,17 @@
  * plain way that you replace. The module calls your functions for channels that
  * were created with MP_PARTITION, and the plain ones for all others.
  *
- * A part is a second listening socket with a mask of CPUs. The kernel gives a
- * handshake to the socket whose mask holds the CPU on which it arrived, and to
- * the original if there is none. What the kernel does not know is which parts
- * belong together, and that no CPU may be in two of them.
+ * A part is a second listening socket at the same address, with a mask of CPUs.
+ * The kernel gives a handshake to the socket whose mask holds the CPU on which
+ * it arrived, and to the original if there is none. What the kernel does not
+ * know is which parts belong together, and that no CPU may be in two of them.
  */
 #include <linux/file.h>
 #include <linux/list.h>
 #include <linux/mutex.h>
+#include <linux/net.h>
 #include <linux/slab.h>
+#include <net/inet_connection_sock.h>
 
 #include "partition.h"
 
@@ -23,7 +25,7 @@
 struct part {
 	struct list_head link;
 	struct file *listener;	/* what it is a part of; the handle holds it */
-	struct file *file;	/* the clone */
+	struct file *file;	/* its own socket's */
 	cpumask_var_t cpus;
 };
 
@@ -45,6 +47,48 @@ static void free_part(struct part *p)
 {
 	free_cpumask_var(p->cpus);
 	kfree(p);
+}
+
+/* Let the copy listen, at an address that is in use, for these CPUs only. */
+static int start_listening(struct sock *sk, const struct cpumask *cpus)
+{
+	u8 reuse = sk->sk_reuse;
+	int ret;
+
+	lock_sock(sk);
+	/* Before anything can be given to it. */
+	ret = inet_csk_listen_on_cpus(sk, cpus);
+	if (!ret) {
+		/* The address is in use, and that is the point. */
+		sk->sk_reuse = SK_FORCE_REUSE;
+		ret = inet_csk_listen_start(sk);
+		sk->sk_reuse = reuse;
+	}
+	release_sock(sk);
+	return ret;
+}
+
+static struct file *listen_for(struct file *listener, const struct cpumask *cpus)
+{
+	struct socket *sock = mp_listener_copy(listener);
+	int ret;
+
+	if (IS_ERR(sock))
+		return ERR_CAST(sock);
+	ret = start_listening(sock->sk, cpus);
+	if (ret) {
+		mp_listener_discard(sock);
+		return ERR_PTR(ret);
+	}
+	/* Releases the socket if it fails. */
+	return sock_alloc_file(sock, O_NONBLOCK, NULL);
+}
+
+static void stop_listening(struct file *file)
+{
+	struct socket *sock = sock_from_file(file);
+
+	sock->ops->shutdown(sock, SHUT_RDWR);
 }
 
 static bool cpus_taken(struct file *listener, const struct cpumask *cpus)
@@ -79,7 +123,7 @@ static struct file *partitioned_open(struct file *listener, const struct cpumask
 	if (cpus_taken(listener, cpus))
 		file = ERR_PTR(-EBUSY);
 	else
-		file = mp_listener_clone(listener, cpus);
+		file = listen_for(listener, cpus);
 	if (!IS_ERR(file)) {
 		p->file = file;
 		list_add(&p->link, &parts);
@@ -108,7 +152,7 @@ static void partitioned_close(struct file *listener, struct file *file)
 		}
 	}
 	/* Only when it has stopped may somebody else have its CPUs. */
-	mp_listener_stop(file);
+	stop_listening(file);
 	mutex_unlock(&parts_lock);
 	free_part(p);
 	fput(file);

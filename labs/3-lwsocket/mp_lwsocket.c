@@ -23,9 +23,19 @@
 /* BEGIN SOLUTION */
 struct lwsocket {
 	struct socket sock;
+	/* The connection's own callbacks, while it is watched. */
+	void (*data_ready)(struct sock *sk);
+	void (*write_space)(struct sock *sk);
+	void (*state_change)(struct sock *sk);
+	void (*error_report)(struct sock *sk);
 };
 
 static struct kmem_cache *cache;
+
+static struct lwsocket *lwsocket_of(struct socket *sock)
+{
+	return container_of(sock, struct lwsocket, sock);
+}
 
 /* Once for each piece of memory, however many lwsockets it is in turn. */
 static void lwsocket_construct(void *memory)
@@ -81,7 +91,7 @@ static struct socket *lightweight_alloc(void)
 static void lightweight_free(struct socket *sock)
 {
 	/* BEGIN SOLUTION */
-	kmem_cache_free(cache, container_of(sock, struct lwsocket, sock));
+	kmem_cache_free(cache, lwsocket_of(sock));
 	/* END SOLUTION */
 }
 
@@ -102,6 +112,96 @@ static void lightweight_close(struct socket *sock)
 {
 	/* BEGIN SOLUTION */
 	sock_release(sock);
+	/* END SOLUTION */
+}
+
+/* BEGIN SOLUTION */
+/*
+ * Nobody else can wait for an lwsocket, so TCP's callbacks tell the handle
+ * itself, which costs less than a wait queue. sk_callback_lock is read by them
+ * and written by watch and unwatch: the handle in sk_user_data stays one while
+ * a callback looks at it. They come in any context but hard interrupts.
+ */
+static void tell(struct sock *sk, __poll_t events)
+{
+	struct mp_handle *h;
+
+	read_lock_bh(&sk->sk_callback_lock);
+	h = sk->sk_user_data;
+	if (h)
+		mp_handle_notify(h, events);
+	read_unlock_bh(&sk->sk_callback_lock);
+}
+
+static void told_data_ready(struct sock *sk)
+{
+	tell(sk, EPOLLIN);
+}
+
+static void told_write_space(struct sock *sk)
+{
+	/* Called when an acknowledgement has freed some; a third of the buffer is room. */
+	if (!sk_stream_is_writeable(sk))
+		return;
+	clear_bit(SOCK_NOSPACE, &sk->sk_socket->flags);
+	tell(sk, EPOLLOUT);
+}
+
+static void told_state_change(struct sock *sk)
+{
+	tell(sk, EPOLLIN | EPOLLOUT | EPOLLHUP);
+}
+
+static void told_error_report(struct sock *sk)
+{
+	tell(sk, EPOLLERR);
+}
+
+/* END SOLUTION */
+/* STUDENT: tell the handle what happens to the connection, from now on. */
+static bool lightweight_watch(struct socket *sock, struct mp_handle *h)
+{
+	/* BEGIN SOLUTION */
+	struct lwsocket *lw = lwsocket_of(sock);
+	struct sock *sk = sock->sk;
+	bool ours;
+
+	write_lock_bh(&sk->sk_callback_lock);
+	/* Or has somebody (a BPF program) put something of theirs on top of it? */
+	ours = !sk->sk_user_data;
+	if (ours) {
+		lw->data_ready = sk->sk_data_ready;
+		lw->write_space = sk->sk_write_space;
+		lw->state_change = sk->sk_state_change;
+		lw->error_report = sk->sk_error_report;
+		sk->sk_user_data = h;
+		/* Whoever calls them reads them without the lock. */
+		WRITE_ONCE(sk->sk_data_ready, told_data_ready);
+		WRITE_ONCE(sk->sk_write_space, told_write_space);
+		WRITE_ONCE(sk->sk_state_change, told_state_change);
+		WRITE_ONCE(sk->sk_error_report, told_error_report);
+	}
+	write_unlock_bh(&sk->sk_callback_lock);
+	return ours;
+	/* ELSE STARTER */
+	//| return false;
+	/* END SOLUTION */
+}
+
+/* STUDENT: undo lightweight_watch(); nobody looks at the handle when this returns. */
+static void lightweight_unwatch(struct socket *sock)
+{
+	/* BEGIN SOLUTION */
+	struct lwsocket *lw = lwsocket_of(sock);
+	struct sock *sk = sock->sk;
+
+	write_lock_bh(&sk->sk_callback_lock);
+	sk->sk_user_data = NULL;
+	WRITE_ONCE(sk->sk_data_ready, lw->data_ready);
+	WRITE_ONCE(sk->sk_write_space, lw->write_space);
+	WRITE_ONCE(sk->sk_state_change, lw->state_change);
+	WRITE_ONCE(sk->sk_error_report, lw->error_report);
+	write_unlock_bh(&sk->sk_callback_lock);
 	/* END SOLUTION */
 }
 
@@ -152,5 +252,7 @@ const struct mp_lwsocket_ops mp_lightweight_ops = {
 	.free		= lightweight_free,
 	.accept		= lightweight_accept,
 	.close		= lightweight_close,
+	.watch		= lightweight_watch,
+	.unwatch	= lightweight_unwatch,
 	.convert	= lightweight_convert,
 };

@@ -131,6 +131,41 @@ static struct file *convert(struct socket *sock)
 	return file;
 }
 
+static void (*plain)(struct sock *sk);
+
+static void ready(struct sock *sk)
+{
+	read_lock(&sk->sk_callback_lock);
+	if (sk->sk_user_data)
+		mp_handle_notify(sk->sk_user_data, EPOLLIN | EPOLLRDHUP);
+	wake_up_interruptible_all(sk_sleep(sk));
+	read_unlock(&sk->sk_callback_lock);
+}
+
+static bool watch(struct socket *sock, struct mp_handle *h)
+{
+	struct sock *sk = sock->sk;
+
+	lock_sock(sk);
+	write_lock_bh(&sk->sk_callback_lock);
+	rcu_assign_sk_user_data(sk, h);
+	plain = xchg(&sk->sk_data_ready, ready);
+	write_unlock_bh(&sk->sk_callback_lock);
+	release_sock(sk);
+	return true;
+}
+
+static void unwatch(struct socket *sock)
+{
+	struct sock *sk = sock->sk;
+
+	write_lock_bh(&sk->sk_callback_lock);
+	sk->sk_user_data = NULL;
+	WRITE_ONCE(sk->sk_data_ready, plain);
+	write_unlock_bh(&sk->sk_callback_lock);
+	synchronize_net();
+}
+
 const struct mp_lwsocket_ops mp_lightweight_ops = {
-	enter, leave, alloc, release, accept, close, convert,
+	enter, leave, alloc, release, accept, close, watch, unwatch, convert,
 };

@@ -5,9 +5,11 @@
 #include <linux/hashtable.h>
 #include <linux/idr.h>
 #include <linux/kref.h>
+#include <linux/mutex.h>
 #include <linux/rwsem.h>
 #include <linux/slab.h>
 #include <linux/wait.h>
+#include <net/inet_connection_sock.h>
 
 #include "partition.h"
 
@@ -22,6 +24,7 @@ struct listener {
 
 static DEFINE_HASHTABLE(listeners, 6);
 static DECLARE_RWSEM(sem);
+static DEFINE_MUTEX(starting);
 static DEFINE_IDA(numbers);
 
 static struct listener *find(const struct file *file)
@@ -41,6 +44,25 @@ static void release(struct kref *users)
 	hash_del(&l->node);
 	wake_up_all(&l->gone);
 	kvfree(l);
+}
+
+static struct file *part_of(struct file *listener, const struct cpumask *cpus)
+{
+	struct socket *sock = mp_listener_copy(listener);
+	int ret;
+
+	if (IS_ERR(sock))
+		return ERR_CAST(sock);
+	scoped_guard(mutex, &starting) {
+		lock_sock_nested(sock->sk, SINGLE_DEPTH_NESTING);
+		sock->sk->sk_reuse = SK_FORCE_REUSE;
+		ret = inet_csk_listen_on_cpus(sock->sk, cpus) ?: inet_csk_listen_start(sock->sk);
+		release_sock(sock->sk);
+	}
+	if (!ret)
+		return sock_alloc_file(sock, O_NONBLOCK, "part");
+	mp_listener_discard(sock);
+	return ERR_PTR(ret);
 }
 
 static struct file *partitioned_open(struct file *listener, const struct cpumask *cpus)
@@ -66,7 +88,7 @@ static struct file *partitioned_open(struct file *listener, const struct cpumask
 	}
 	number = ida_alloc(&numbers, GFP_KERNEL);
 	if (number >= 0 && !cpumask_intersects(&l->taken, cpus))
-		file = mp_listener_clone(get_file(listener), cpus);
+		file = part_of(listener, cpus);
 	if (IS_ERR(file)) {
 		kref_put(&l->users, release);
 	} else {
@@ -87,7 +109,7 @@ static void partitioned_close(struct file *listener, struct file *file)
 		l = find(listener);
 		if (WARN_ON(!l))
 			return;
-		mp_listener_stop(file);
+		kernel_sock_shutdown(sock_from_file(file), SHUT_RDWR);
 		for_each_possible_cpu(cpu) {
 			if (l->parts[cpu] == file) {
 				l->parts[cpu] = NULL;
