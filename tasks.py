@@ -36,6 +36,7 @@ from grader.errors import UsageError, UserError
 if TYPE_CHECKING:
     from grader.grade import Grade
     from grader.lab import Lab
+    from grader.variant import Variant
 
 LAB = setup.usual_lab(setup.ROOT)
 REPORT_HELP = "FORMAT=PATH, again and again: junit, gradescope, prairielearn, autolab, html"
@@ -186,6 +187,7 @@ def load(
         "lab": "which lab",
         "check": "only these checks, a list of their ids",
         "seed": "of the load's payload, to repeat a run (default: another one each time)",
+        "watch": "grade again whenever a file is saved, and say what has changed, until Ctrl-C",
     },
 )
 def grade(
@@ -198,12 +200,14 @@ def grade(
     lab: str = LAB,
     check: str = "",
     seed: int = -1,
+    watch: bool = False,
 ) -> int:
     """Grade; status 0 means graded, whatever the score."""
     from grader import formats, given, interactive, results
     from grader import grade as grading
     from grader import report as reporting
     from grader import variant as variants
+    from grader import watch as watching
     from grader.lab import LABS, load_lab
     from grader.progress import Progress
     from kernel.build import source_key
@@ -216,21 +220,31 @@ def grade(
     if json:
         results.check_writable(Path(json), "--json")
     reports = formats.chosen(report or ())
-    if submission:
-        what = variants.submission(chosen.folder, Path(submission))
-    else:
-        what = interactive.choose_variant(chosen, variant)
+
+    def read() -> Variant:
+        if submission:
+            return variants.submission(chosen.folder, Path(submission))
+        return interactive.choose_variant(chosen, variant)
+
     given.check_source(LABS, source_key())
-    progress = Progress()
-    graded = grading.grade(chosen, what, seed=None if seed < 0 else seed, progress=progress)
-    _tell(graded, chosen, json, reports, explain)
-    progress.say(f"time: {progress.summary()}")
-    again = f"invoke grade --lab {lab} --seed {graded.environment['seed']}"
-    again += f" --check {check}" if check else ""
-    again += f" --submission {submission}" if submission else f" --variant {what.name}"
-    if folder := reporting.write_bundle(graded, again, setup.ROOT / "results"):
-        progress.say(f"why: {folder} holds consoles, counters, and the command to run it again")
-    return 0 if graded.judged else NO_GRADE
+
+    def once() -> Grade:
+        what, progress = read(), Progress()
+        graded = grading.grade(chosen, what, seed=None if seed < 0 else seed, progress=progress)
+        _tell(graded, chosen, json, reports, explain)
+        progress.say(f"time: {progress.summary()}")
+        again = f"invoke grade --lab {lab} --seed {graded.environment['seed']}"
+        again += f" --check {check}" if check else ""
+        again += f" --submission {submission}" if submission else f" --variant {what.name}"
+        if folder := reporting.write_bundle(graded, again, setup.ROOT / "results"):
+            progress.say(f"why: {folder} holds consoles, counters, and the command to run it again")
+        return graded
+
+    if watch:
+        paths = watching.watched(chosen, Path(submission) if submission else None)
+        watching.grade_on_save(paths, once, Progress().say)
+        return 0
+    return 0 if once().judged else NO_GRADE
 
 
 @verb(
