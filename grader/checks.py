@@ -39,6 +39,9 @@ class CheckResult:
     compared_with: dict[str, float] = field(default_factory=dict)
     samples: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     """All that the points follow from, by name: one value for each time it was measured."""
+    costs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """What else was counted in that run, of starter, solution and submission: means per
+    transaction of user, kernel and clock (instructions), and of each counted function."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import shlex
+import statistics
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -396,6 +397,24 @@ class Compared:
             for name in ("starter", "solution", "submission")
         )
         return starter, solution, submission
+
+    def means(self) -> dict[str, dict[str, float]]:
+        """Return all that was counted per transaction, the mean of the rounds of each station."""
+        return {name: mean_costs(costs) for name, costs in self.costs.items()}
+
+
+def mean_costs(costs: Sequence[Costs]) -> dict[str, float]:
+    """Return user, kernel (without the clock) and clock instructions, and calls, by name."""
+    flat = [
+        {
+            "user": each.user_instructions,
+            "kernel": each.kernel_instructions - each.clock_instructions,
+            "clock": each.clock_instructions,
+            **each.calls,
+        }
+        for each in costs
+    ]
+    return {name: statistics.fmean(row[name] for row in flat) for name in flat[0]}
 
 
 class Comparison:

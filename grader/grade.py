@@ -583,6 +583,8 @@ def _reduction(
     if reason := answered_elsewhere(known, compared.costs["submission"]):
         return [judge.failed(c, "fail", reason) for c in same_run]
     results = [judge.reduction(c, *compared.samples(c.metric)) for c in same_run]
+    # Once for the run, whatever is judged of it.
+    results[0] = replace(results[0], costs=compared.means())
     return [replace(result, reason=result.reason + attempt.note()) for result in results]
 
 

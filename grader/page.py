@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from grader import checks as judge
 from grader import explain, markup, results
 from grader.formats import NO_SCORE, clean, judged
+from grader.probe.counted import EVENTS
 
 TEMPLATE = "page.html.j2"
 # Fill, edge and marker: to be told apart in grey, and by their shapes.
@@ -25,7 +26,11 @@ _MARKS = {
     "solution": ("#aaaaaa", "#555555", "D"),
     "submission": ("#1f4e79", "#1f4e79", "o"),
 }
+# Fill and hatch, to be told apart in grey.
+_PARTS = {"user": ("white", ""), "kernel": ("#cccccc", ""), "clock": ("#eeeeee", "////")}
 _GREY = "#777777"
+# Per transaction: one in a window of the measurement is nobody's.
+LEAST_SHOWN = 0.005
 
 
 def write(document: Mapping[str, object], path: Path) -> None:
@@ -44,6 +49,7 @@ def text(document: Mapping[str, object]) -> str:
         no_score=NO_SCORE,
         rows=rows,
         checks=checks,
+        names=explain.NAMES,
         count=explain.count,
         experiment=explain.experiment,
         advice=_advice(checks),
@@ -51,6 +57,11 @@ def text(document: Mapping[str, object]) -> str:
             {"check": check, "row": rows[check["id"]], **_numbers(check, rows[check["id"]])}
             for check in checks
             if explain.comparison(check)
+        ],
+        spent=[
+            {"check": check, "row": rows[check["id"]], **_spent(check)}
+            for check in checks
+            if check.get("costs")
         ],
         served=[check for check in checks if "transactions" in check["samples"]],
         phases=phases(clean_document["phases"]),
@@ -104,6 +115,20 @@ def _numbers(check: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
+def _spent(check: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the plot of the instructions, and by meaning each event of which there was any."""
+    costs = [check["costs"][name] for name in explain.NAMES]
+    events = {
+        event.meaning: [cost[event.name] for cost in costs]
+        for event in EVENTS
+        if all(event.name in cost for cost in costs)
+    }
+    return {
+        "plot": instructions(check),
+        "events": {meaning: row for meaning, row in events.items() if max(row) >= LEAST_SHOWN},
+    }
+
+
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     found: dict[str, str] = {}
     for name, value in values.items():
@@ -153,6 +178,28 @@ def comparison(check: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     return markup.svg(figure, f"{check['title']}: {check['reason']}", check["id"])
+
+
+def instructions(check: Mapping[str, Any]) -> str:
+    """Return as SVG the instructions of a transaction: the server's, the kernel's, the clock's."""
+    costs = check["costs"]
+    figure = Figure(figsize=(7.0, 1.9), layout="constrained")
+    axes = figure.add_subplot()
+    names = list(reversed(explain.NAMES))
+    left = np.zeros(len(names))
+    for part, (fill, hatch) in _PARTS.items():
+        values = np.array([max(0.0, costs[name][part]) for name in names])
+        axes.barh(names, values, left=left, color=fill, edgecolor=_GREY, hatch=hatch, label=part)
+        left += values
+    for height, total in enumerate(left):
+        axes.text(total, height, f" {total:,.0f}", va="center", fontsize=8)
+    axes.margins(x=0.12)
+    axes.set_xlabel("instructions per transaction")
+    axes.xaxis.set_major_formatter("{x:,g}")
+    axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
+    axes.spines[["top", "right"]].set_visible(False)
+    description = f"{check['title']}: instructions per transaction, by who executes them"
+    return markup.svg(figure, description, f"instructions-{check['id']}")
 
 
 def phases(seconds: Mapping[str, float]) -> str:

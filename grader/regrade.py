@@ -66,7 +66,8 @@ def _result(check: Check, row: Mapping[str, Any]) -> CheckResult:
     result = judge.again(check, samples)
     # A remark about the run, if there was one, follows the reason.
     reason = row["reason"].removesuffix(judge.INACTIVE)
-    return replace(result, reason=reason) if reason.startswith(result.reason) else result
+    reason = reason if reason.startswith(result.reason) else result.reason
+    return replace(result, reason=reason, costs=row.get("costs", {}))
 
 
 def changes(document: Mapping[str, Any], grade: Grade) -> list[str]:

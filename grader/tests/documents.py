@@ -10,7 +10,7 @@ from typing import Any
 from grader import checks, report
 from grader.checks import CheckResult, Verdict
 from grader.grade import Grade
-from grader.lab import Lab, load_lab
+from grader.lab import Check, Lab, load_lab
 from grader.tests.results import ENVIRONMENT, graded
 
 LAB = load_lab("echo", Path(__file__).parent / "labs")
@@ -37,6 +37,16 @@ def seen(transactions: int) -> dict[str, tuple[float, ...]]:
     }
 
 
+def measured(check: Check, submission: tuple[float, ...]) -> CheckResult:
+    """A check for which these counts were taken, and some more."""
+    samples = {"starter": STARTER, "solution": SOLUTION, "submission": submission}
+    costs = {
+        name: {"user": 900.0, "kernel": 25_000.0, "clock": 310.0, "syscalls": values[0]}
+        for name, values in samples.items()
+    }
+    return replace(checks.again(check, samples), costs={} if check.same_run else costs)
+
+
 def grade(
     submission: tuple[float, ...] = SOLUTION,
     others: Mapping[str, CheckResult] | None = None,
@@ -45,11 +55,10 @@ def grade(
     """A grade in which every byte is right and these counts were measured, but for `others`."""
     results = [
         (others or {}).get(check.id)
-        or checks.again(
-            check,
-            seen(check.transactions)
+        or (
+            checks.again(check, seen(check.transactions))
             if check.kind == "serve"
-            else {"starter": STARTER, "solution": SOLUTION, "submission": submission},
+            else measured(check, submission)
         )
         for check in lab.checks
     ]

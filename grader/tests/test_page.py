@@ -100,7 +100,7 @@ def test_the_page_shows_score_checks_and_plots() -> None:
         assert check.title in read.text
     plots = [a["aria-label"] for tag, a in read.elements if tag == "svg"]
     # One for each check that is measured, and the phases.
-    assert len(plots) == 4
+    assert len(plots) == 3 + 2 + 1
     assert "2.10 ms" in read.text and "34.50 ms" in read.text
     for label in ("4 points", "12 points", "20 points", "syscalls per transaction"):
         assert label in read.text
@@ -136,3 +136,13 @@ def test_the_page_is_written_whole(tmp_path: Path) -> None:
     page.write(PANIC, tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text(encoding="utf-8") == page.text(PANIC)
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_where_the_instructions_went_is_shown_for_each_run() -> None:
+    read = _Reader(page.text(document()))
+    assert "Where the instructions went" in read.text
+    assert "system calls, all" in read.text
+    # A function that was not entered, or not counted, has no row.
+    assert "epoll_ctl" not in read.text
+    nothing = documents.all_failed("no-build", "it does not compile")
+    assert "Where the instructions went" not in page.text(nothing)
