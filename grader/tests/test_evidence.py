@@ -1,9 +1,11 @@
+"""What the counts say of who did the work; and their means."""
+
 from __future__ import annotations
 
 import pytest
 
 from grader.evidence import answered_elsewhere
-from grader.experiment import Costs
+from grader.experiment import Compared, Costs
 
 
 def costs(*user: float) -> list[Costs]:
@@ -27,3 +29,11 @@ def test_work_that_is_not_the_servers_is_seen(user: tuple[float, ...]) -> None:
 
 def test_counts_without_instructions_say_nothing() -> None:
     assert answered_elsewhere([costs(0), costs(0)], costs(0)) == ""
+
+
+def test_what_was_counted_is_averaged_and_the_clock_is_no_kernel_work() -> None:
+    rounds = [Costs(400, 20_000, 300, {"syscalls": 2.0}), Costs(420, 20_200, 500, {"syscalls": 4})]
+    compared = Compared({"starter": rounds}, {})
+    assert compared.means() == {
+        "starter": {"user": 410, "kernel": 19_700, "clock": 400, "syscalls": 3}
+    }

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * MegaPipe: the structures inside the module. Lab files see batch.h instead.
+ * MegaPipe: the structures inside the module. Lab files need of it what batch.h,
+ * partition.h and lwsocket.h speak of.
  */
 #ifndef MEGAPIPE_CHANNEL_H
 #define MEGAPIPE_CHANNEL_H
@@ -87,8 +88,8 @@ struct mp_channel {
 	 * @lock guards @ready, @nr_ready and, in each handle, @armed, @link and
 	 * (while the handle is armed or on the list) @events.
 	 * It is taken by wake-up callbacks, under the lock of a wait queue and
-	 * with interrupts off, and by jobs under their own lock; nothing is
-	 * nested inside it.
+	 * with interrupts off, or under sk_callback_lock, and by jobs under their
+	 * own lock; nothing is nested inside it.
 	 */
 	spinlock_t lock ____cacheline_aligned_in_smp;
 	struct list_head ready;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * MegaPipe: a socket that is like a listening one in everything that its user
- * has set, so that it can listen in its place (see partition.h).
+ * MegaPipe: a socket whose connections will be like those of a listening one,
+ * so that it can listen beside it (see partition.h).
  */
 #include <linux/cpumask.h>
 #include <linux/file.h>
@@ -28,6 +28,13 @@ static bool mp_listener_is_special(const struct sock *sk)
 
 	if (sk->sk_reuseport || sk_is_mptcp(sk))
 		return true;
+	if (sk->sk_flags & SK_FLAGS_TIMESTAMP || sock_flag(sk, SOCK_RCVTSTAMP) ||
+	    READ_ONCE(sk->sk_tsflags) || tp->tcp_tx_delay)
+		return true;
+#if IS_ENABLED(CONFIG_IPV6)
+	if (sk->sk_family == AF_INET6 && rcu_access_pointer(inet6_sk(sk)->opt))
+		return true;
+#endif
 	if (rcu_access_pointer(sk->sk_filter) || inet_csk(sk)->icsk_ulp_ops)
 		return true;
 #ifdef CONFIG_TCP_MD5SIG
@@ -184,7 +191,7 @@ void mp_listener_discard(struct socket *copy)
 	struct sock *sk = copy->sk;
 
 	lock_sock(sk);
-	/* Listening no more would free its mask; it never did. */
+	/* The end of listening would have freed the mask; it never listened. */
 	inet_csk_listen_on_cpus(sk, NULL);
 	/* A port without a bind bucket would be taken for a mistake. */
 	if (!inet_csk(sk)->icsk_bind_hash)

@@ -16,7 +16,6 @@
 #include <linux/net.h>
 
 #include "channel.h"
-
 struct mp_lwsocket_ops {
 	/* When the module is loaded and unloaded. 0 or a negative errno. */
 	int (*init)(void);
@@ -36,13 +35,13 @@ struct mp_lwsocket_ops {
 	/*
 	 * Owner, may sleep. Take the next connection out of the queue of
 	 * @listener into @lw, without waiting for one. 0 or a negative errno:
-	 * -EAGAIN, there is none; -ECONNABORTED, ...
+	 * -EAGAIN, there is none; -EINVAL, it listens no more; ...
 	 */
 	int (*accept)(struct socket *listener, struct socket *lw);
 
 	/*
 	 * Owner, or whoever closes the channel; may sleep. Close the
-	 * connection. Nobody waits in @lw's wait queue any more, but a packet
+	 * connection. Nobody watches it or waits in @lw's wait queue, but a packet
 	 * may arrive on another CPU at this moment.
 	 */
 	void (*close)(struct socket *lw);
@@ -54,10 +53,16 @@ struct mp_lwsocket_ops {
 	 * write again; EPOLLERR, there is an error to report; EPOLLHUP, the
 	 * connection has changed its state. To say too much costs time, to say
 	 * too little makes somebody wait for ever. Returns false if @lw cannot
-	 * be watched: the module then joins its wait queue, as for any socket.
+	 * be watched, because somebody else (a BPF program) has sk_user_data:
+	 * the module then joins its wait queue, as for any socket.
+	 *
+	 * Called when @h first has to wait, not each time. What has happened
+	 * before is not yours: the module looks again afterwards. EPOLLHUP only
+	 * means here: look again.
 	 *
 	 * mp_handle_notify(h, events) makes the handle ready if it waits for
-	 * one of the events. Any context; it takes the channel's lock.
+	 * one of the events; EPOLLERR and EPOLLHUP end every wait. Any context;
+	 * it takes the channel's lock. @h must stay until it returns.
 	 */
 	bool (*watch)(struct socket *lw, struct mp_handle *h);
 
@@ -76,7 +81,6 @@ struct mp_lwsocket_ops {
 	 */
 	struct file *(*convert)(struct socket *lw);
 };
-
 
 extern const struct mp_lwsocket_ops mp_lightweight_ops;	/* the lab's mp_lwsocket.c */
 

@@ -3,8 +3,9 @@
  * MegaPipe: the interface behind which the listening socket is partitioned.
  *
  * mp_register() of a listening TCP socket with a CPU mask calls ->open(), and
- * the handle then accepts from what that returns. The mask is a copy, holds
- * only CPUs that this machine may have, and at least one.
+ * the handle then accepts from what that returns. The mask holds only CPUs that
+ * this machine may have, and at least one. It is there during the call only: to
+ * keep it, alloc_cpumask_var() and cpumask_copy().
  */
 #ifndef MEGAPIPE_PARTITION_H
 #define MEGAPIPE_PARTITION_H
@@ -35,12 +36,12 @@ extern const struct mp_partition_ops mp_shared_ops;	/* partition_plain.c */
 extern const struct mp_partition_ops mp_partitioned_ops;	/* the lab's mp_partition.c */
 
 /*
- * Make a socket with the address of @listener and everything else that its user
- * has set: options, length of the queue (sk_max_ack_backlog), congestion
- * control. It is known to nobody yet and does not listen. ERR_PTR(): -EINVAL,
- * @listener does not listen; -EOPNOTSUPP, it has something that cannot be
- * copied (SO_REUSEPORT, a filter, keys for MD5 or AO, a ULP, fast open);
- * -ENOMEM, ...
+ * Make a socket with the address of @listener and the options that its
+ * connections inherit, the length of its queue (sk_max_ack_backlog) and its
+ * congestion control. It is known to nobody yet and does not listen. ERR_PTR():
+ * -EINVAL, @listener does not listen; -EOPNOTSUPP, it has something that is not
+ * copied (SO_REUSEPORT, a filter, keys for MD5 or AO, a ULP, fast open, IP
+ * options, time stamps, a delay); -ENOMEM, ...
  */
 struct socket *mp_listener_copy(struct file *listener);
 
@@ -48,7 +49,8 @@ struct socket *mp_listener_copy(struct file *listener);
 void mp_listener_discard(struct socket *copy);
 
 /*
- * The kernel's side, all of it under the socket's lock (lock_sock()):
+ * The kernel's side. The first two want the socket's lock (lock_sock()), the
+ * third takes it:
  *
  *   int inet_csk_listen_on_cpus(struct sock *sk, const struct cpumask *cpus);
  *
@@ -64,9 +66,11 @@ void mp_listener_discard(struct socket *copy);
  *
  *   sock->ops->shutdown(sock, SHUT_RDWR)
  *
- * (this one takes the lock itself) ends listening: when it returns no handshake
- * is given to the socket any more, and the connections in its queue, half-open
- * ones included, have been reset.
+ * ends listening: when it returns nothing comes into the socket's queue any more,
+ * and the connections in it have been reset. Of those half open, one is reset
+ * when its last step arrives, the rest are forgotten when their timers run out.
+ * (fput() alone would do the same, but later: a file is closed when the task
+ * returns to user space.)
  */
 
 #endif

@@ -37,12 +37,6 @@ struct part {
 static LIST_HEAD(parts);
 static DEFINE_MUTEX(parts_lock);
 
-/* The same socket may have been registered through another file. */
-static bool same_socket(struct file *a, struct file *b)
-{
-	return file_inode(a) == file_inode(b);
-}
-
 static void free_part(struct part *p)
 {
 	free_cpumask_var(p->cpus);
@@ -96,7 +90,8 @@ static bool cpus_taken(struct file *listener, const struct cpumask *cpus)
 	struct part *p;
 
 	list_for_each_entry(p, &parts, link)
-		if (same_socket(p->listener, listener) && cpumask_intersects(p->cpus, cpus))
+		/* A socket has one file, however many descriptors. */
+		if (p->listener == listener && cpumask_intersects(p->cpus, cpus))
 			return true;
 	return false;
 }

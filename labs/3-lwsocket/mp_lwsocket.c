@@ -140,7 +140,7 @@ static void told_data_ready(struct sock *sk)
 
 static void told_write_space(struct sock *sk)
 {
-	/* Called when an acknowledgement has freed some; a third of the buffer is room. */
+	/* Called when an acknowledgment has freed some; a third of the buffer is room. */
 	if (!sk_stream_is_writeable(sk))
 		return;
 	clear_bit(SOCK_NOSPACE, &sk->sk_socket->flags);
@@ -228,7 +228,7 @@ static struct file *lightweight_convert(struct socket *sock)
 	 * The socket's lock keeps its own timers and packets away, the lock for
 	 * callbacks (inside sock_graft()) those who only look at sk_socket. Who
 	 * has read sk_wq before may still wake the old queue; nobody is in it,
-	 * and whoever waits in the new one looks at the socket first.
+	 * and whoever joins the new one looks at the socket then.
 	 */
 	lock_sock(sk);
 	full->state = sock->state;
