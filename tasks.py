@@ -221,14 +221,14 @@ def grade(
         results.check_writable(Path(json), "--json")
     reports = formats.chosen(report or ())
 
-    def read() -> Variant:
+    def read() -> "Variant":
         if submission:
             return variants.submission(chosen.folder, Path(submission))
         return interactive.choose_variant(chosen, variant)
 
     given.check_source(LABS, source_key())
 
-    def once() -> Grade:
+    def once() -> "Grade":
         what, progress = read(), Progress()
         graded = grading.grade(chosen, what, seed=None if seed < 0 else seed, progress=progress)
         _tell(graded, chosen, json, reports, explain)

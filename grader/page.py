@@ -15,9 +15,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from grader import checks as judge
-from grader import explain, markup, results
+from grader import explain, markup, recorded, results
 from grader.formats import NO_SCORE, clean, judged
 from grader.probe.counted import EVENTS
+from grader.recorded import Recorded
 
 TEMPLATE = "page.html.j2"
 # Fill, edge and marker: to be told apart in grey, and by their shapes.
@@ -43,6 +44,7 @@ def text(document: Mapping[str, object]) -> str:
     clean_document: dict[str, Any] = _cleaned(document)
     rows = {row["id"]: row for row in clean_document["table"]["checks"]}
     checks = clean_document["checks"]
+    vcpus = clean_document["environment"]["vcpus"]
     return markup.template(TEMPLATE).render(
         document=clean_document,
         judged=judged(clean_document),
@@ -54,7 +56,7 @@ def text(document: Mapping[str, object]) -> str:
         experiment=explain.experiment,
         advice=_advice(checks),
         compared=[
-            {"check": check, "row": rows[check["id"]], **_numbers(check, rows[check["id"]])}
+            {"check": check, "row": rows[check["id"]], **_numbers(check, rows[check["id"]], vcpus)}
             for check in checks
             if explain.comparison(check)
         ],
@@ -106,10 +108,12 @@ def _advice(checks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return advice
 
 
-def _numbers(check: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+def _numbers(check: Mapping[str, Any], row: Mapping[str, Any], vcpus: int) -> dict[str, Any]:
     samples = check["samples"]
+    limit = recorded.limit(row["experiment"]["load"], row["metric"], vcpus)
     return {
-        "plot": comparison(check, row),
+        "plot": comparison(check, row, limit),
+        "limit": limit,
         "means": {name: judge.interval(samples[name]) for name in explain.NAMES},
         "share": judge.interval(judge.shares(*(samples[name] for name in explain.NAMES))),
     }
@@ -145,8 +149,11 @@ def _shown(value: object) -> str:
     return f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
-def comparison(check: Mapping[str, Any], row: Mapping[str, Any]) -> str:
-    """Return the counts of a check as SVG: a dot for each round, a line for each step."""
+def comparison(check: Mapping[str, Any], row: Mapping[str, Any], limit: Recorded | None) -> str:
+    """Return the counts of a check as SVG: a dot for each round, a line for each step.
+
+    And one for the `limit`, where it is known.
+    """
     figure = Figure(figsize=(5.4, 2.3), layout="constrained")
     axes = figure.add_subplot()
     for height, name in enumerate(reversed(explain.NAMES)):
@@ -167,6 +174,16 @@ def comparison(check: Mapping[str, Any], row: Mapping[str, Any]) -> str:
             f"{step['points']:g} points",
             transform=axes.get_xaxis_transform(),
             ha="center",
+            fontsize=8,
+        )
+    if limit:
+        axes.axvline(limit.count.mean, color=_GREY, lw=1.5, ls=(0, (1, 1)), zorder=1)
+        axes.text(
+            limit.count.mean,
+            0.02,
+            " limit",
+            transform=axes.get_xaxis_transform(),
+            color="#555555",
             fontsize=8,
         )
     axes.set_yticks(range(len(explain.NAMES)), reversed(explain.NAMES))

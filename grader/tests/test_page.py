@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from grader import page
+from grader.checks import Interval
 from grader.formats import NO_SCORE
+from grader.recorded import Recorded
 from grader.tests import documents
 from grader.tests.documents import HOSTILE, HOSTILE_SHOWN, STARTER, document, failed
 
@@ -110,13 +112,16 @@ def test_a_dot_is_drawn_for_each_round_and_a_line_for_each_step() -> None:
     result = document((1.27, 1.31, 1.29))
     rows = {row["id"]: row for row in result["table"]["checks"]}
     check = next(check for check in result["checks"] if check["id"] == "crossings-long")
-    svg = page.comparison(check, rows["crossings-long"])
+    svg = page.comparison(check, rows["crossings-long"], None)
     plot = _Reader(svg)
     groups = [a.get("id") or "" for tag, a in plot.elements if tag == "g"]
     assert sum(group.startswith("PathCollection") for group in groups) == 3
     marks = [a for tag, a in plot.elements if tag == "use" and "fill" in (a.get("style") or "")]
     assert sum("stroke: #1f4e79" in (a.get("style") or "") for a in marks) == 3
     assert svg.count(" points<") == 3
+    assert "limit<" not in svg
+    limit = Recorded(Interval(0.01, 0.001), "2026-11-26T12:00:00Z")
+    assert page.comparison(check, rows["crossings-long"], limit).count(" limit<") == 1
 
 
 def test_what_is_to_be_done_about_several_checks_is_said_once() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +15,7 @@ from grader import checks, watch
 from grader.errors import UserError
 from grader.grade import Grade
 from grader.lab import load_lab
+from grader.setup import ROOT
 from grader.tests.results import graded
 
 LAB = load_lab("2-partitioning")
@@ -113,3 +116,11 @@ def test_it_goes_on_after_what_cannot_be_graded_and_ends_with_ctrl_c(
     assert any("save it as a UTF-8 text file" in text for text in said)
     assert said[-2] == "score: 6 -> 14 of 100"
     assert not [text for text in said if "infra" in text]
+
+
+def test_the_verb_says_what_cannot_be_graded(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "invoke", "grade", "--submission", str(tmp_path / "nowhere")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("error: "), done.stderr
+    assert "what to do: " in done.stderr
