@@ -71,26 +71,39 @@ def interval(samples: Sequence[float]) -> Interval:
     return Interval(statistics.fmean(samples), t * statistics.stdev(samples) / math.sqrt(count))
 
 
-def shares(
+class Indistinct(ValueError):
+    """The solution seems to cost no less than the starter: the counts spread too far to compare."""
+
+
+def share(
     starter: Sequence[float], solution: Sequence[float], submission: Sequence[float]
-) -> list[float]:
-    """Return, for each round of measurements, how far the submission went from the starter (0)
-    to the solution (1).
+) -> Interval:
+    """Return how far the submission goes from the starter (0) to the solution (1).
+
+    Each has a count for every round of measurements. The share is the ratio of the means, not the
+    mean of the rounds' ratios: of these, one round in which starter and solution happen to lie
+    close together would outweigh all others. Its interval is that of a ratio estimate (Cochran,
+    Sampling Techniques, 1977, chapter 6), from what each round leaves over; what disturbs a whole
+    round, and so all three alike, is not in it. Raises `Indistinct`.
     """
-    return [
-        (base - value) / (base - best)
-        for base, best, value in zip(starter, solution, submission, strict=True)
-    ]
+    saved = [base - value for base, value in zip(starter, submission, strict=True)]
+    most = [base - best for base, best in zip(starter, solution, strict=True)]
+    span = statistics.fmean(most)
+    if span <= 0:
+        raise Indistinct
+    ratio = statistics.fmean(saved) / span
+    left = interval([mine - ratio * all_ for mine, all_ in zip(saved, most, strict=True)])
+    return Interval(ratio, left.half / span)
 
 
-def share_given(share: Interval) -> float:
+def share_given(seen: Interval) -> float:
     """Return the share that steps are compared with: the better end, within `DOUBT`."""
-    return share.mean + min(share.half, DOUBT)
+    return seen.mean + min(seen.half, DOUBT)
 
 
-def straddles(check: Check, share: Interval) -> bool:
+def straddles(check: Check, seen: Interval) -> bool:
     """Whether a step lies inside the interval, so that measuring more could change the points."""
-    return any(share.low < step.share <= share.high for step in check.steps)
+    return any(seen.low < step.share <= seen.high for step in check.steps)
 
 
 def reduction(
@@ -104,8 +117,11 @@ def reduction(
     A step that lies inside the interval counts as reached: the student gets the better one, as far
     as `DOUBT`.
     """
-    share = interval(shares(starter, solution, submission))
-    best = share_given(share)
+    try:
+        seen = share(starter, solution, submission)
+    except Indistinct:
+        return failed(check, "infra", "the solution seems to cost no less than the starter here")
+    best = share_given(seen)
     reached = [step for step in check.steps if step.share <= best]
     points = reached[-1].points if reached else 0.0
     full = points == check.max_points
@@ -118,14 +134,14 @@ def reduction(
         points=points,
         max_points=check.max_points,
         evidence=check.evidence,
-        reason=f"{share.mean:z.0%} of the way from starter to solution (± {share.half:.0%})",
+        reason=f"{seen.mean:z.0%} of the way from starter to solution (± {seen.half:.0%})",
         next_step=""
         if missing is None
         else f"{missing.points:g} points from {missing.share:.0%} on. {check.hint}",
         measured={
             check.metric: statistics.fmean(submission),
-            "share": share.mean,
-            "share_half_width": share.half,
+            "share": seen.mean,
+            "share_half_width": seen.half,
         },
         compared_with={
             "starter": statistics.fmean(starter),

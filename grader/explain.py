@@ -83,19 +83,17 @@ def _many(number: int, what: str) -> str:
 
 def _rounds(result: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[str]:
     samples: Mapping[str, Sequence[float]] = result["samples"]
-    shares = judge.shares(*(samples[name] for name in NAMES))
+    share = judge.share(*(samples[name] for name in NAMES))
     yield f"  {row['metric']} per transaction, starter, solution and submission measured in turn:"
     yield "               " + "".join(f"{name:>12}" for name in (*NAMES, "share"))
     for number, values in enumerate(zip(*(samples[name] for name in NAMES), strict=True), 1):
-        counts = "".join(f"{count(value):>12}" for value in values)
-        yield f"    round {number:<5}{counts}{shares[number - 1]:>12.1%}"
+        yield f"    round {number:<5}{''.join(f'{count(value):>12}' for value in values)}"
     intervals = [judge.interval(samples[name]) for name in NAMES]
-    share = judge.interval(shares)
     means = "".join(f"{count(i.mean):>12}" for i in intervals)
     halves = "".join(f"{count(i.half):>12}" for i in intervals)
     yield f"    mean       {means}{share.mean:>12.1%}"
     yield f"    95 %: ±    {halves}{share.half:>12.1%}"
-    yield "  compared     share = (starter - submission) / (starter - solution), of each round"
+    yield "  compared     share = (starter - submission) / (starter - solution), of the means"
     for step in row["steps"]:
         best = judge.share_given(share)
         state = "reached" if step["share"] <= best else "not reached"

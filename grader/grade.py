@@ -588,6 +588,13 @@ def _reduction(
     return [replace(result, reason=result.reason + attempt.note()) for result in results]
 
 
+def _undecided(check: Check, compared: Compared) -> bool:
+    try:
+        return judge.straddles(check, judge.share(*compared.samples(check.metric)))
+    except judge.Indistinct:
+        return True
+
+
 def _measure_enough(
     comparison: Comparison, check: Check, same_run: list[Check], progress: Progress
 ) -> Compared:
@@ -597,8 +604,7 @@ def _measure_enough(
     for _ in range(ROUNDS, MAX_ROUNDS, ROUNDS):
         if compared.failures:
             break
-        shares = {c.id: judge.interval(judge.shares(*compared.samples(c.metric))) for c in same_run}
-        if not any(judge.straddles(c, shares[c.id]) for c in same_run):
+        if not any(_undecided(c, compared) for c in same_run):
             break
         progress.update(f"{check.title}: measuring again, a step is within the spread")
         compared = measure(ROUNDS)

@@ -115,7 +115,7 @@ def _numbers(check: Mapping[str, Any], row: Mapping[str, Any], vcpus: int) -> di
         "plot": comparison(check, row, limit),
         "limit": limit,
         "means": {name: judge.interval(samples[name]) for name in explain.NAMES},
-        "share": judge.interval(judge.shares(*(samples[name] for name in explain.NAMES))),
+        "share": judge.share(*(samples[name] for name in explain.NAMES)),
     }
 
 

@@ -38,7 +38,7 @@ def test_the_way_between_gives_the_step_it_reaches() -> None:
 def test_a_step_inside_the_interval_counts_as_reached_and_asks_for_more() -> None:
     starter, solution = [4.0, 4.0, 4.0], [0.0, 0.0, 0.0]
     samples = [1.55, 1.61, 1.68]
-    share = checks.interval(checks.shares(starter, solution, samples))
+    share = checks.share(starter, solution, samples)
     assert share.low < 0.6 <= share.high
     assert checks.straddles(CHECK, share)
     assert checks.reduction(CHECK, starter, solution, samples).points == 12
@@ -47,9 +47,29 @@ def test_a_step_inside_the_interval_counts_as_reached_and_asks_for_more() -> Non
 def test_the_doubt_that_is_given_ends_somewhere() -> None:
     # Means of 0 %, and an interval that reaches beyond 100 %.
     starter, solution, samples = [4.0] * 3, [0.1] * 3, [0.1, 4.0, 7.9]
-    share = checks.interval(checks.shares(starter, solution, samples))
+    share = checks.share(starter, solution, samples)
     assert share.high > 1
     assert checks.reduction(CHECK, starter, solution, samples).points == 0
+
+
+def test_a_round_that_could_not_tell_does_not_outweigh_the_others() -> None:
+    # In the second, starter and solution happened to lie close together.
+    starter, solution = [30.3, 26.7, 30.2], [26.6, 26.6, 26.7]
+    share = checks.share(starter, solution, [26.5, 26.8, 26.4])
+    assert 0.9 < share.mean < 1.1
+
+
+def test_what_disturbs_a_whole_round_is_not_in_the_interval() -> None:
+    starter, solution = [30.0, 35.0, 32.0], [26.0, 31.0, 28.0]
+    share = checks.share(starter, solution, [27.0, 32.0, 29.0])
+    assert share.mean == pytest.approx(0.75)
+    assert share.half == pytest.approx(0, abs=1e-9)
+
+
+def test_where_starter_and_solution_cannot_be_told_apart_nothing_is_judged() -> None:
+    with pytest.raises(checks.Indistinct):
+        checks.share([4.0, 4.2], [4.1, 4.3], [4.0, 4.0])
+    assert checks.reduction(CHECK, [4.0, 4.0], [4.0, 4.0], [4.0, 4.0]).verdict == "infra"
 
 
 def test_worse_than_the_starter_is_no_negative_score() -> None:

@@ -21,7 +21,7 @@ def test_every_round_is_shown_with_mean_interval_and_steps() -> None:
         line = next(line for line in block.splitlines() if f"round {number}" in line)
         assert all(explain.count(value) in line for value in counts)
     mean = checks.interval(submission)
-    share = checks.interval(checks.shares(STARTER, SOLUTION, submission))
+    share = checks.share(STARTER, SOLUTION, submission)
     assert f"{mean.mean:.3f}{share.mean:>12.1%}" in block
     assert f"{mean.half:.3f}{share.half:>12.1%}" in block
     # 60 % of the way from 4.05 to 0.11.
