@@ -178,11 +178,12 @@ def comparison(check: Mapping[str, Any], row: Mapping[str, Any], limit: Recorded
         )
     if limit:
         axes.axvline(limit.count.mean, color=_GREY, lw=1.5, ls=(0, (1, 1)), zorder=1)
-        axes.text(
-            limit.count.mean,
-            0.02,
-            " limit",
-            transform=axes.get_xaxis_transform(),
+        axes.annotate(
+            "limit",
+            (limit.count.mean, 0),
+            xycoords=axes.get_xaxis_transform(),
+            xytext=(3, 2),
+            textcoords="offset points",
             color="#555555",
             fontsize=8,
         )
@@ -206,10 +207,11 @@ def instructions(check: Mapping[str, Any]) -> str:
     left = np.zeros(len(names))
     for part, (fill, hatch) in _PARTS.items():
         values = np.array([max(0.0, costs[name][part]) for name in names])
-        axes.barh(names, values, left=left, color=fill, edgecolor=_GREY, hatch=hatch, label=part)
+        bars = axes.barh(
+            names, values, left=left, color=fill, edgecolor=_GREY, hatch=hatch, label=part
+        )
         left += values
-    for height, total in enumerate(left):
-        axes.text(total, height, f" {total:,.0f}", va="center", fontsize=8)
+    axes.bar_label(bars, [f"{total:,.0f}" for total in left], padding=3, fontsize=8)
     axes.margins(x=0.12)
     axes.set_xlabel("instructions per transaction")
     axes.xaxis.set_major_formatter("{x:,g}")

@@ -119,9 +119,9 @@ def test_a_dot_is_drawn_for_each_round_and_a_line_for_each_step() -> None:
     marks = [a for tag, a in plot.elements if tag == "use" and "fill" in (a.get("style") or "")]
     assert sum("stroke: #1f4e79" in (a.get("style") or "") for a in marks) == 3
     assert svg.count(" points<") == 3
-    assert "limit<" not in svg
+    assert ">limit<" not in svg
     limit = Recorded(Interval(0.01, 0.001), "2026-11-26T12:00:00Z")
-    assert page.comparison(check, rows["crossings-long"], limit).count(" limit<") == 1
+    assert page.comparison(check, rows["crossings-long"], limit).count(">limit<") == 1
 
 
 def test_what_is_to_be_done_about_several_checks_is_said_once() -> None:
