@@ -5,6 +5,8 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <poll.h>
+#include <pthread.h>
 #include <sched.h>
 #include <stdlib.h>
 #include <sys/socket.h>
@@ -16,6 +18,8 @@
 struct connection {
 	int fd;			/* or an lwsocket, which its handle closes */
 	int messages;
+	bool leaves;		/* its channel, with the next message */
+	int length, room;	/* then: bytes to be returned, and room for so many */
 	char buffer[];
 };
 
@@ -24,6 +28,7 @@ struct worker {
 	struct mp_channel *channel;
 	int full[2];		/* listeners to ask again when a descriptor comes back */
 	int nr_full;
+	int nr_converted;
 };
 
 /* A call on a channel fails only when the channel itself is lost. */
@@ -61,6 +66,54 @@ static void end_connection(struct worker *w, const struct mp_event *event, struc
 	accept_more(w);
 }
 
+/* What every descriptor can: poll() wakes whoever waits, with no channel in between. */
+static void *serve_alone(void *argument)
+{
+	struct connection *c = argument;
+	struct pollfd ready = { .fd = c->fd };
+	ssize_t moved;
+	int sent = 0;
+
+	for (;;) {
+		bool sending = sent < c->length;
+
+		if (sending)
+			moved = send(c->fd, c->buffer + sent, c->length - sent, MSG_DONTWAIT);
+		else
+			moved = recv(c->fd, c->buffer, c->room, MSG_DONTWAIT);
+		if (moved < 0 && (errno == EAGAIN || errno == EINTR)) {
+			ready.events = sending ? POLLOUT : POLLIN;
+			poll(&ready, 1, -1);
+		} else if (moved <= 0) {
+			break;
+		} else if (sending) {
+			sent += moved;
+		} else {
+			c->length = moved;
+			sent = 0;
+		}
+	}
+	close(c->fd);
+	free(c);
+	return NULL;
+}
+
+/* Nothing is pending on the handle: its only operation has just been done. */
+static void leave(struct worker *w, const struct mp_event *event, struct connection *c)
+{
+	pthread_t thread;
+	int error;
+
+	must("mp_unregister", mp_unregister(w->channel, event->handle));
+	must("mp_flush", mp_flush(w->channel));
+	c->length = event->result;
+	c->room = w->options->buffer;
+	error = pthread_create(&thread, NULL, serve_alone, c);
+	if (error)
+		server_fail("pthread_create", error);
+	pthread_detach(thread);
+}
+
 static void accepted(struct worker *w, const struct mp_event *event)
 {
 	struct connection *c;
@@ -83,6 +136,7 @@ static void accepted(struct worker *w, const struct mp_event *event)
 	}
 	c->fd = event->result;
 	c->messages = 0;
+	c->leaves = false;
 	handle = mp_register(w->channel, c->fd, c, NULL, 0);
 	must("mp_register", handle);
 	must("mp_read", mp_read(w->channel, handle, c->buffer, w->options->buffer));
@@ -120,7 +174,9 @@ static void serve(struct worker *w, const struct mp_event *event)
 		accepted(w, event);
 		break;
 	case MP_OP_READ:
-		if (event->result > 0)
+		if (event->result > 0 && c->leaves)
+			leave(w, event, c);
+		else if (event->result > 0)
 			answer(w, event, c);
 		else if (event->result == 0)
 			must("mp_disconnect", mp_disconnect(w->channel, event->handle));
@@ -136,6 +192,7 @@ static void serve(struct worker *w, const struct mp_event *event)
 	case MP_OP_CONVERT:
 		must("mp_convert", event->result);
 		c->fd = event->result;
+		c->leaves = w->options->leave && w->nr_converted++ % 2;
 		break;
 	case MP_OP_DISCONNECT:
 		end_connection(w, event, c);

@@ -87,7 +87,8 @@ static void usage(const char *about, const char *name)
 	       "  --cycles N        make and undo the partition N times before serving\n"
 	       "  --overlap         fail unless a second part with the same CPU is refused\n"
 	       "  --rest            accept also what arrives on CPUs of no part\n"
-	       "  --convert N       make an lwsocket a descriptor after its Nth message, and go on\n",
+	       "  --convert N       make an lwsocket a descriptor after its Nth message, and go on\n"
+	       "  --leave           every second one of these then leaves its channel\n",
 	       name, about, DEFAULT_PORT, DEFAULT_BUFFER, DEFAULT_BACKLOG);
 }
 
@@ -175,7 +176,7 @@ static int start(int argc, char **argv, const char *about, void (*run)(struct se
 {
 	enum { PORT = 256, THREADS, BUFFER, DAEMON, EXCLUSIVE, REUSEPORT, BUFFERS, BATCH, PARTITION,
 	       LWSOCKET, THRESHOLD, ACCEPTS, REQUESTS, COMPLETIONS, BACKLOG, CYCLES, OVERLAP,
-	       REST, CONVERT, HELP };
+	       REST, CONVERT, LEAVE, HELP };
 	static const struct option known[] = {
 		{ "port", required_argument, NULL, PORT },
 		{ "threads", required_argument, NULL, THREADS },
@@ -196,6 +197,7 @@ static int start(int argc, char **argv, const char *about, void (*run)(struct se
 		{ "overlap", no_argument, NULL, OVERLAP },
 		{ "rest", no_argument, NULL, REST },
 		{ "convert", required_argument, NULL, CONVERT },
+		{ "leave", no_argument, NULL, LEAVE },
 		{ "help", no_argument, NULL, HELP },
 		{ }
 	};
@@ -270,6 +272,9 @@ static int start(int argc, char **argv, const char *about, void (*run)(struct se
 			break;
 		case CONVERT:
 			options.convert = number(name, optarg, 1, 1 << 20);
+			break;
+		case LEAVE:
+			options.leave = true;
 			break;
 		case HELP:
 			usage(about, argv[0]);

@@ -31,6 +31,7 @@ struct server_options {
 	bool overlap;		/* see that no CPU can be had twice */
 	bool rest;		/* accept what belongs to no part, too */
 	int convert;		/* make an lwsocket a descriptor after so many messages; 0: never */
+	bool leave;		/* every second one then leaves its channel */
 };
 
 struct server_thread {
