@@ -503,6 +503,66 @@ def profile(
     )
 
 
+@verb(
+    iterable=["grade"],
+    help={
+        "out": "folder for the pictures (default: results/plots)",
+        "bench": "a bench's result (default: the recorded one)",
+        "sharing": "a result of bench --sharing (default: sharing.json beside the bench's, if any)",
+        "grade": "a result of grade --json, again and again (default: the recorded ones)",
+    },
+)
+def plot(
+    _: Context,
+    out: str = "",
+    bench: str = "",
+    sharing: str = "",
+    grade: Sequence[str] | None = None,
+) -> None:
+    """Write the notebooks' pictures as SVG and PNG."""
+    from grader.progress import Progress
+    from notebooks import run as running
+
+    progress = Progress()
+    folder = Path(out) if out else setup.ROOT / "results" / "plots"
+    with progress.phase("pictures"):
+        pictures = running.all_pictures(bench, sharing, grade or ())
+        written = running.plot(pictures, folder, progress)
+    progress.say(f"{folder}: {len(written)} files")
+
+
+@verb(
+    help={
+        "only": "a list of notebooks, such as paper,1-batching (default: all)",
+        "out": "folder for the pages (default: results/notebooks)",
+    },
+)
+def notebooks(_: Context, only: str = "", out: str = "") -> None:
+    """Execute the notebooks and write them as HTML."""
+    from grader.progress import Progress
+    from notebooks import run as running
+
+    progress = Progress()
+    folder = Path(out) if out else setup.ROOT / "results" / "notebooks"
+    for page in running.notebooks(running.chosen(_words(only)), folder, progress):
+        progress.say(str(page))
+    progress.say(f"time: {progress.summary()}")
+
+
+@verb(
+    help={
+        "lab": "whose notebook to open",
+        "notebook": "another one, such as paper",
+    },
+)
+def lab(_: Context, lab: str = LAB, notebook: str = "") -> None:
+    """Open JupyterLab on the lab's notebook, until Ctrl-C."""
+    from notebooks import run as running
+
+    (path,) = running.chosen([notebook or lab])
+    running.jupyter_lab(setup.ROOT, path)
+
+
 def _numbers(option: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(dict.fromkeys(int(word) for word in text.split(","))) if text else ()

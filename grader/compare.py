@@ -53,6 +53,10 @@ class Comparison:
         """Return a server's cost as a share of that of `base`; None if that was not measured."""
         return self._paired([server, base], measure, lambda mine, other: mine / other)
 
+    def saved(self, server: str, measure: Measure, base: str = BASELINE) -> Interval | None:
+        """Return what a server costs less than `base`; None if that was not measured."""
+        return self._paired([server, base], measure, lambda mine, other: other - mine)
+
     def tax(self, server: str, measure: Measure) -> Interval | None:
         """Return what a server costs above the limit, as a share of the limit."""
         return self._paired([server, LIMIT], measure, lambda mine, limit: (mine - limit) / limit)

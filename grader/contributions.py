@@ -7,6 +7,7 @@ beside them: percentage points of throughput over its baseline, on eight cores o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 
 from rich import box
@@ -26,6 +27,51 @@ PAPER: Mapping[str, Mapping[int, float]] = {
 # What is added, to what, making what.
 IN_ORDER = (("P", BASELINE, "P"), ("B", "P", "BP"), ("L", "BP", "BPL"))
 ALONE = (("P", "plain", "P"), ("B", "plain", "B"), ("L", "plain", "L"))
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What one optimisation takes away, per transaction."""
+
+    what: str
+    """P, B or L."""
+    before: str
+    """The server without it; `after` is the one with it."""
+    after: str
+    instructions: float
+    transfers: float | None
+    """None if they were not counted."""
+    cycles: float
+    """Of the model."""
+    points: float
+    """Percentage points of throughput over epoll, if the model's cycles were all."""
+
+
+def contributions(
+    servers: Mapping[str, Mapping[str, float]], steps: Sequence[tuple[str, str, str]] = IN_ORDER
+) -> list[Contribution]:
+    """Return those of the steps whose two servers are there, from the servers' `counts`.
+
+    Raises KeyError without epoll, which points are relative to.
+    """
+    base = model.cycles(servers[BASELINE])
+    found = []
+    for what, before, after in steps:
+        if before not in servers or after not in servers:
+            continue
+        one, other = servers[before], servers[after]
+        found.append(
+            Contribution(
+                what,
+                before,
+                after,
+                instructions=one["instructions"] - other["instructions"],
+                transfers=one["transfers"] - other["transfers"] if "transfers" in one else None,
+                cycles=model.cycles(one) - model.cycles(other),
+                points=100 * base * (1 / model.cycles(other) - 1 / model.cycles(one)),
+            )
+        )
+    return found
 
 
 def counts(
@@ -117,21 +163,15 @@ def contributions_table(
     result.add_column("step", no_wrap=True)
     for column in ("instructions", "transfers", "model cycles", "points", "paper's points"):
         result.add_column(column, justify="right")
-    base = model.cycles(servers[BASELINE])
     for title, steps in (("in order", IN_ORDER), ("alone", ALONE)):
-        for what, before, after in steps:
-            if before not in servers or after not in servers:
-                continue
-            one, other = servers[before], servers[after]
-            moved = f"{one['transfers'] - other['transfers']:,.1f}" if "transfers" in one else ""
-            gained = 100 * base * (1 / model.cycles(other) - 1 / model.cycles(one))
+        for one in contributions(servers, steps):
             result.add_row(
-                f"{title}: {before} -> {after}",
-                f"{one['instructions'] - other['instructions']:,.0f}",
-                moved,
-                f"{model.cycles(one) - model.cycles(other):,.0f}",
-                f"{gained:+.1f}",
-                paper_at(what, cell.per_connection) if title == "in order" else "",
+                f"{title}: {one.before} -> {one.after}",
+                f"{one.instructions:,.0f}",
+                "" if one.transfers is None else f"{one.transfers:,.1f}",
+                f"{one.cycles:,.0f}",
+                f"{one.points:+.1f}",
+                paper_at(one.what, cell.per_connection) if title == "in order" else "",
             )
     result.caption = (
         "points: percentage points of throughput over epoll, if cycles were all (a model). The "

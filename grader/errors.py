@@ -23,6 +23,10 @@ class UserError(Exception):
         """Return the text to print: the problem, and what to do."""
         return f"error: {self.problem}\nwhat to do: {self.todo}"
 
+    def _render_traceback_(self) -> list[str]:
+        """Return what a notebook shows in place of a traceback; IPython looks for this name."""
+        return self.report().split("\n")
+
 
 class UsageError(UserError):
     """A verb or an option was used wrongly."""

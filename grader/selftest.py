@@ -8,7 +8,7 @@ import sys
 
 from grader import setup
 
-PYTHON_FILES = ("tasks.py", "grader", "kernel", "images")
+PYTHON_FILES = ("tasks.py", "grader", "kernel", "images", "notebooks")
 
 
 def run(expression: str = "", fast: bool = False) -> int:

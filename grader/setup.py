@@ -39,7 +39,9 @@ LOCK_NAME = "megapipe.lock"
 # Ordinary users of Debian do not have these in PATH, but depmod and others live there.
 SYSTEM_FOLDERS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 # These verbs only need Python.
-VERBS_WITHOUT_PACKAGES = frozenset({"clean", "doctor", "starter", "submit"})
+VERBS_WITHOUT_PACKAGES = frozenset(
+    {"clean", "doctor", "lab", "notebooks", "plot", "starter", "submit"}
+)
 LAB = "1-batching"
 HELP = frozenset({"-h", "--help"})
 
