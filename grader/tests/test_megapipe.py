@@ -144,7 +144,7 @@ def _alone(station: Station, source: str) -> Mapping[str, Any]:
     for _ in range(5):
         with Session(station, EVERYTHING, LoadShape(1, 1), SEED, [source]) as session:
             before = station.probe.read()
-            session.run(100)
+            session.run(30)
             calls = (station.probe.read() - before).functions
         if calls["tcp_rcv"].max() >= 0.99 * calls["tcp_rcv"].sum():
             break
@@ -159,7 +159,7 @@ def test_partitioned_work_is_done_where_it_arrives(station: Station) -> None:
             queue = int(calls["tcp_rcv"].argmax())
             driven.add(queue)
             for name in ("tcp_accept", "tcp_rcv", "tcp_recvmsg", "tcp_sendmsg", "tcp_close"):
-                assert calls[name].sum() >= 100, name
+                assert calls[name].sum() >= 30, name
                 assert calls[name][queue] >= 0.99 * calls[name].sum(), (queue, name, calls[name])
     assert driven == {0, 1, 2, 3}
 
