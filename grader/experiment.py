@@ -21,7 +21,7 @@ from typing import Literal, Self
 
 from grader.lab import LoadShape
 from grader.load import ByteError, Load, LoadError, LoadSpec, PhaseResult, Stalled, Stopped
-from grader.machine import Hung, MachineError, Panicked
+from grader.machine import Hung, Machine, MachineError, Panicked
 from grader.probe import REPORTERS
 from grader.station import Station
 
@@ -340,26 +340,38 @@ class Session:
         )
 
 
+def _sockets_in_use(machine: Machine) -> int:
+    """Return how many sockets the guest says are open; a guest that cannot say has failed."""
+    done = machine.run(SOCKETS)
+    try:
+        return int(done.text)
+    except ValueError:
+        said = done.text.strip()[-300:] or "nothing"
+        reason = f"asked for its number of open sockets, the guest says {said!r}"
+        raise ExperimentFailed(Failure("fail", reason)) from None
+
+
 @contextmanager
 def nothing_to_report(station: Station) -> Iterator[None]:
     """Let a station with the debug kernel do something; it must leave no report and no leak.
 
-    What counts is what the probe has seen the kernel call to report a bug. At the end the module
-    is unloaded, at which its caches must be empty, and loaded again; and memory is searched for
-    what nobody points to any more. Raises `ExperimentFailed`, with what the kernel printed.
+    What counts is what the probe has seen the kernel call to report a bug. At the end memory is
+    searched for what nobody points to any more, the module is unloaded (at which its caches must
+    be empty, and go) and loaded again, and no more sockets may be open than at the beginning.
+    Raises `ExperimentFailed`, with what the kernel printed.
     """
     machine = station.machine
     before = station.probe.read()
     reports = len(machine.console.transcript.reports())
     try:
-        sockets = int(machine.run(SOCKETS).text)
+        sockets = _sockets_in_use(machine)
     except MachineError as error:
         raise ExperimentFailed(machine_failure(error)) from None
     yield
     try:
         leaving = machine.run(LEAVE, timeout=LEAVE_SECONDS)
         # Only now: a process that is gone may still be closing its sockets.
-        left = int(machine.run(SOCKETS).text) - sockets
+        left = _sockets_in_use(machine) - sockets
     except MachineError as error:
         raise ExperimentFailed(machine_failure(error)) from None
     moved = (station.probe.read() - before).total.functions

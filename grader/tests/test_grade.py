@@ -60,8 +60,8 @@ BROKEN = [
     Broken(
         "deadlocks",
         "mp_batch.c",
-        "left = mp_ready_take(ch, &batch);",
-        "spin_lock_irq(&ch->lock);\n\t\tleft = mp_ready_take(ch, &batch);",
+        "left = take_ready(ch, &batch);",
+        "spin_lock_irq(&ch->lock);\n\t\tleft = take_ready(ch, &batch);",
         "hang",
         "",
     ),

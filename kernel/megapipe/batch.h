@@ -13,6 +13,7 @@
 #ifndef MEGAPIPE_BATCH_H
 #define MEGAPIPE_BATCH_H
 
+#include <linux/ktime.h>
 #include <linux/list.h>
 #include <linux/types.h>
 
@@ -33,14 +34,15 @@ struct mp_batch_ops {
 	u32 (*complete)(struct mp_channel *ch);
 
 	/*
-	 * Owner, about to sleep: its state is TASK_INTERRUPTIBLE already. May
-	 * it? Returns false if there is something to do. From the moment this
-	 * returns true, ->wake() must wake the owner.
+	 * Owner: sleep until a handle is ready, a signal has come or @deadline
+	 * (NULL: never) has passed. Returns 0 after having slept, -EAGAIN
+	 * without if a handle is ready already, or -ETIME when the deadline has
+	 * passed. The owner returns in the state TASK_RUNNING.
+	 *
+	 * No wake-up may be lost: ->wake() wakes whoever it does not know to
+	 * be awake.
 	 */
-	bool (*idle)(struct mp_channel *ch);
-
-	/* Owner, awake again, whatever the reason. */
-	void (*awake)(struct mp_channel *ch);
+	int (*sleep)(struct mp_channel *ch, ktime_t *deadline);
 
 	/*
 	 * Any CPU, any context, interrupts off: a handle has just been put on
@@ -97,7 +99,16 @@ static inline u32 mp_cq_room(const struct mp_channel *ch)
  */
 void mp_cq_publish(struct mp_channel *ch);
 
-/* --- ready handles ---------------------------------------------------------- */
+/* --- ready handles ----------------------------------------------------------
+ *
+ * The list is ch->ready, in the order in which the handles became ready; they
+ * are linked through mp_handle.link, and ch->nr_ready says how many there are.
+ * ch->lock guards both. Wake-up callbacks take it in interrupts: elsewhere it
+ * is taken with spin_lock_irq(). No handle goes while ->complete() runs.
+ *
+ * Whoever takes handles off the list may keep them, still linked to each other,
+ * on a list of its own until it returns: none of them becomes ready meanwhile.
+ */
 
 /* How many handles are on the list. Takes no lock: more may come any time. */
 static inline u32 mp_ready_count(const struct mp_channel *ch)
@@ -109,25 +120,20 @@ static inline u32 mp_ready_count(const struct mp_channel *ch)
 struct mp_handle *mp_ready_pop(struct mp_channel *ch);
 
 /*
- * Move the whole list of ready handles to @batch, in order; they are linked
- * through mp_handle.link. Locks once. Returns how many there are.
- */
-u32 mp_ready_take(struct mp_channel *ch, struct list_head *batch);
-
-/*
- * Put what is left of @batch, @count handles, back, in front of what has come
- * meanwhile. Locks once.
- */
-void mp_ready_return(struct mp_channel *ch, struct list_head *batch, u32 count);
-
-/*
  * Take the handle out of the batch that it is in, if any, go on with what is
  * pending on it, and write the completions. Needs mp_cq_room() > 0. What finds no room, or still
  * cannot be done, stays pending, and the handle becomes ready again by itself.
  */
 void mp_run(struct mp_handle *h);
 
-/* --- waking ----------------------------------------------------------------- */
+/* --- sleeping and waking ------------------------------------------------------ */
+
+/*
+ * Give the processor away, in the state that the caller has set, until somebody
+ * wakes the owner, a signal comes or @deadline (NULL: never) passes. Returns
+ * false if it has passed. In the state TASK_RUNNING it returns at once.
+ */
+bool mp_schedule(ktime_t *deadline);
 
 /* Wake the thread that owns the channel. Costs a lock and perhaps an IPI. */
 void mp_wake_owner(struct mp_channel *ch);

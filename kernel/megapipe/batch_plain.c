@@ -33,18 +33,22 @@ static u32 plain_complete(struct mp_channel *ch)
 	return mp_cq_filled(ch);
 }
 
-static bool plain_idle(struct mp_channel *ch)
+static int plain_sleep(struct mp_channel *ch, ktime_t *deadline)
 {
-	/*
-	 * Pairs with the wake-up: the owner's state was set (with a full
-	 * barrier) before this reads the list; the callback adds to the list
-	 * before it takes the owner's pi_lock and reads that state.
-	 */
-	return !mp_ready_count(ch);
-}
+	int ret = 0;
 
-static void plain_awake(struct mp_channel *ch)
-{
+	/*
+	 * A full barrier between the owner's state and the look at the list.
+	 * Pairs with the wake-up: the callback adds to the list before it takes
+	 * the owner's pi_lock and reads that state.
+	 */
+	set_current_state(TASK_INTERRUPTIBLE);
+	if (mp_ready_count(ch))
+		ret = -EAGAIN;
+	else if (!mp_schedule(deadline))
+		ret = -ETIME;
+	__set_current_state(TASK_RUNNING);
+	return ret;
 }
 
 static void plain_wake(struct mp_channel *ch)
@@ -55,7 +59,6 @@ static void plain_wake(struct mp_channel *ch)
 const struct mp_batch_ops mp_plain_ops = {
 	.drain		= plain_drain,
 	.complete	= plain_complete,
-	.idle		= plain_idle,
-	.awake		= plain_awake,
+	.sleep		= plain_sleep,
 	.wake		= plain_wake,
 };

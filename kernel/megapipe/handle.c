@@ -398,26 +398,6 @@ struct mp_handle *mp_ready_pop(struct mp_channel *ch)
 	return h;
 }
 
-u32 mp_ready_take(struct mp_channel *ch, struct list_head *batch)
-{
-	u32 count;
-
-	spin_lock_irq(&ch->lock);
-	list_splice_tail_init(&ch->ready, batch);
-	count = ch->nr_ready;
-	ch->nr_ready = 0;
-	spin_unlock_irq(&ch->lock);
-	return count;
-}
-
-void mp_ready_return(struct mp_channel *ch, struct list_head *batch, u32 count)
-{
-	spin_lock_irq(&ch->lock);
-	list_splice_init(batch, &ch->ready);
-	ch->nr_ready += count;
-	spin_unlock_irq(&ch->lock);
-}
-
 void mp_run(struct mp_handle *h)
 {
 	__poll_t events;

@@ -115,6 +115,11 @@ void mp_wake_owner(struct mp_channel *ch)
 	wake_up_process(ch->owner);
 }
 
+bool mp_schedule(ktime_t *deadline)
+{
+	return schedule_hrtimeout_range(deadline, current->timer_slack_ns, HRTIMER_MODE_ABS);
+}
+
 /*
  * A handle may be ready and its operation still not go through: a write finds
  * room in the send queue but no memory for a buffer, as long as TCP is short of
@@ -129,6 +134,7 @@ static int mp_wait(struct mp_channel *ch)
 	s64 timeout = READ_ONCE(ch->shared->timeout_ns);
 	ktime_t deadline = KTIME_MAX;
 	bool expired = !timeout;
+	int ret;
 
 	if (timeout > 0)
 		deadline = ktime_add_safe(ktime_get(), ns_to_ktime(timeout));
@@ -136,21 +142,16 @@ static int mp_wait(struct mp_channel *ch)
 	while (!ch->batch->complete(ch) && !expired) {
 		if (signal_pending(current))
 			return -EINTR;
-		/* A full barrier, paired with that of the wake-up: see ->idle(). */
-		set_current_state(TASK_INTERRUPTIBLE);
-		if (ch->batch->idle(ch)) {
-			expired = !schedule_hrtimeout_range(timeout < 0 ? NULL : &deadline,
-							    current->timer_slack_ns,
-							    HRTIMER_MODE_ABS);
-			fruitless = 0;
-		} else {
+		ret = ch->batch->sleep(ch, timeout < 0 ? NULL : &deadline);
+		if (ret == -EAGAIN) {
 			if (++fruitless > MP_FRUITLESS_ROUNDS)
-				schedule_timeout(1);
+				schedule_timeout_interruptible(1);
 			if (timeout > 0)
 				expired = ktime_after(ktime_get(), deadline);
+		} else {
+			expired = ret == -ETIME;
+			fruitless = 0;
 		}
-		__set_current_state(TASK_RUNNING);
-		ch->batch->awake(ch);
 		cond_resched();
 	}
 	return 0;

@@ -2,7 +2,7 @@
 /*
  * Lab 1, kernel side: requests and completions cross in batches.
  *
- * You write the five functions below; kernel/megapipe/batch.h says when each is
+ * You write the functions below; kernel/megapipe/batch.h says when each is
  * called and what you may call, kernel/megapipe/batch_plain.c is the plain way
  * that you replace. The module calls your functions for channels that were
  * created with MP_BATCH, and the plain ones for all others.
@@ -38,6 +38,31 @@ static u32 batched_drain(struct mp_channel *ch)
 	/* END SOLUTION */
 }
 
+/* BEGIN SOLUTION */
+/* Move the whole list of ready handles to @batch; returns how many there are. */
+static u32 take_ready(struct mp_channel *ch, struct list_head *batch)
+{
+	u32 count;
+
+	/* Callbacks take this lock in interrupts: with them on, it would wait for itself. */
+	spin_lock_irq(&ch->lock);
+	list_splice_init(&ch->ready, batch);
+	count = ch->nr_ready;
+	ch->nr_ready = 0;
+	spin_unlock_irq(&ch->lock);
+	return count;
+}
+
+/* Put the @count handles of @batch back, in front of those that have come meanwhile. */
+static void return_ready(struct mp_channel *ch, struct list_head *batch, u32 count)
+{
+	spin_lock_irq(&ch->lock);
+	list_splice(batch, &ch->ready);
+	ch->nr_ready += count;
+	spin_unlock_irq(&ch->lock);
+}
+
+/* END SOLUTION */
 /* STUDENT: run every handle that is ready, taking the lock once for all of them. */
 static u32 batched_complete(struct mp_channel *ch)
 {
@@ -47,7 +72,7 @@ static u32 batched_complete(struct mp_channel *ch)
 	u32 left;
 
 	if (mp_ready_count(ch) && mp_cq_room(ch)) {
-		left = mp_ready_take(ch, &batch);
+		left = take_ready(ch, &batch);
 		while (left && mp_cq_room(ch)) {
 			h = list_first_entry(&batch, struct mp_handle, link);
 			mp_run(h);
@@ -55,7 +80,7 @@ static u32 batched_complete(struct mp_channel *ch)
 		}
 		/* The ring is full: the rest stays ready, in its order. */
 		if (left)
-			mp_ready_return(ch, &batch, left);
+			return_ready(ch, &batch, left);
 		mp_cq_publish(ch);
 	}
 	return mp_cq_filled(ch);
@@ -64,10 +89,14 @@ static u32 batched_complete(struct mp_channel *ch)
 	/* END SOLUTION */
 }
 
-/* STUDENT: may the owner sleep? From "yes" on, batched_wake() must wake it. */
-static bool batched_idle(struct mp_channel *ch)
+/* STUDENT: sleep until a handle is ready. From ch->sleeping on, batched_wake() must wake. */
+static int batched_sleep(struct mp_channel *ch, ktime_t *deadline)
 {
 	/* BEGIN SOLUTION */
+	int ret = 0;
+
+	/* Whoever sees the flag wakes, so the state comes first: no wake-up before it counts. */
+	set_current_state(TASK_INTERRUPTIBLE);
 	WRITE_ONCE(ch->sleeping, 1);
 	/*
 	 * The flag must be seen before the list is looked at. Pairs with the
@@ -75,19 +104,16 @@ static bool batched_idle(struct mp_channel *ch)
 	 * the other wrote, so a handle never arrives unnoticed.
 	 */
 	smp_mb();
-	return !mp_ready_count(ch);
-	/* ELSE STARTER */
-	//| return mp_plain_ops.idle(ch);
-	/* END SOLUTION */
-}
-
-/* STUDENT: the owner runs again; until it is idle next time nobody need wake it. */
-static void batched_awake(struct mp_channel *ch)
-{
-	/* BEGIN SOLUTION */
+	if (mp_ready_count(ch))
+		ret = -EAGAIN;
+	else if (!mp_schedule(deadline))
+		ret = -ETIME;
+	/* The owner runs: until it sleeps next time nobody need wake it. */
+	__set_current_state(TASK_RUNNING);
 	WRITE_ONCE(ch->sleeping, 0);
+	return ret;
 	/* ELSE STARTER */
-	//| mp_plain_ops.awake(ch);
+	//| return mp_plain_ops.sleep(ch, deadline);
 	/* END SOLUTION */
 }
 
@@ -95,7 +121,7 @@ static void batched_awake(struct mp_channel *ch)
 static void batched_wake(struct mp_channel *ch)
 {
 	/* BEGIN SOLUTION */
-	/* The handle is on the list before the flag is read; see batched_idle(). */
+	/* The handle is on the list before the flag is read; see batched_sleep(). */
 	smp_mb();
 	/* Of several callbacks at a time, the one that clears the flag wakes. */
 	if (READ_ONCE(ch->sleeping) && xchg(&ch->sleeping, 0))
@@ -108,7 +134,6 @@ static void batched_wake(struct mp_channel *ch)
 const struct mp_batch_ops mp_batched_ops = {
 	.drain		= batched_drain,
 	.complete	= batched_complete,
-	.idle		= batched_idle,
-	.awake		= batched_awake,
+	.sleep		= batched_sleep,
 	.wake		= batched_wake,
 };

@@ -99,35 +99,47 @@ static u32 batched_complete(struct mp_channel *ch)
 {
 	struct mp_handle *h, *next;
 	LIST_HEAD(batch);
-	u32 left = mp_ready_take(ch, &batch);
+	u32 left;
 
+	spin_lock_irq(&ch->lock);
+	list_splice_tail_init(&ch->ready, &batch);
+	left = ch->nr_ready;
+	ch->nr_ready = 0;
+	spin_unlock_irq(&ch->lock);
 	list_for_each_entry_safe(h, next, &batch, link) {
 		if (unlikely(!mp_cq_room(ch)))
 			break;
 		mp_run(h);
 		left--;
 	}
-	if (!list_empty(&batch))
-		mp_ready_return(ch, &batch, left);
+	if (!list_empty(&batch)) {
+		scoped_guard(spinlock_irq, &ch->lock) {
+			list_splice(&batch, &ch->ready);
+			ch->nr_ready += left;
+		}
+	}
 	mp_cq_publish(ch);
 	return mp_cq_filled(ch);
 }
 
-static bool batched_idle(struct mp_channel *ch)
+static int batched_sleep(struct mp_channel *ch, ktime_t *deadline)
 {
+	bool late = false;
+
+	set_current_state(TASK_INTERRUPTIBLE);
 	smp_store_mb(ch->sleeping, 1);
 	set_bit(smp_processor_id() % AT_ONCE, flags_of_owners);
 	smp_mb__after_atomic();
-	return !mp_ready_count(ch);
-}
-
-static void batched_awake(struct mp_channel *ch)
-{
+	if (!mp_ready_count(ch))
+		late = !schedule_hrtimeout_range(deadline, current->timer_slack_ns,
+						 HRTIMER_MODE_ABS);
+	__set_current_state(TASK_RUNNING);
 	smp_store_release(&ch->sleeping, 0);
 	atomic_inc(&awake_owners);
 	read_lock(&rwlock);
 	xa_store(&owners, ch->owner->pid, ch, GFP_ATOMIC);
 	read_unlock(&rwlock);
+	return late ? -ETIME : 0;
 }
 
 static void batched_wake(struct mp_channel *ch)
@@ -147,7 +159,6 @@ static void batched_wake(struct mp_channel *ch)
 const struct mp_batch_ops mp_batched_ops = {
 	.drain = batched_drain,
 	.complete = batched_complete,
-	.idle = batched_idle,
-	.awake = batched_awake,
+	.sleep = batched_sleep,
 	.wake = batched_wake,
 };

@@ -63,13 +63,9 @@ static u32 echo_complete(struct mp_channel *ch)
 	return mp_cq_filled(ch);
 }
 
-static bool echo_idle(struct mp_channel *ch)
+static int echo_sleep(struct mp_channel *ch, ktime_t *deadline)
 {
-	return !mp_ready_count(ch);
-}
-
-static void echo_awake(struct mp_channel *ch)
-{
+	return mp_plain_ops.sleep(ch, deadline);
 }
 
 static void echo_wake(struct mp_channel *ch)
@@ -80,7 +76,6 @@ static void echo_wake(struct mp_channel *ch)
 const struct mp_batch_ops mp_batched_ops = {
 	.drain		= echo_drain,
 	.complete	= echo_complete,
-	.idle		= echo_idle,
-	.awake		= echo_awake,
+	.sleep		= echo_sleep,
 	.wake		= echo_wake,
 };
