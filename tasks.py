@@ -188,6 +188,7 @@ def load(
         "check": "only these checks, a list of their ids",
         "seed": "of the load's payload, to repeat a run (default: another one each time)",
         "watch": "grade again whenever a file is saved, and say what has changed, until Ctrl-C",
+        "exact": "only what transactions cost, in virtual time: the same numbers each time",
     },
 )
 def grade(
@@ -201,9 +202,10 @@ def grade(
     check: str = "",
     seed: int = -1,
     watch: bool = False,
+    exact: bool = False,
 ) -> int:
     """Grade; status 0 means graded, whatever the score."""
-    from grader import formats, given, interactive, results
+    from grader import exact_grade, formats, given, interactive, results
     from grader import grade as grading
     from grader import report as reporting
     from grader import variant as variants
@@ -217,6 +219,8 @@ def grade(
     chosen = load_lab(lab)
     if check:
         chosen = chosen.only(check.split(","))
+    if exact:
+        chosen = exact_grade.possible(chosen)
     if json:
         results.check_writable(Path(json), "--json")
     reports = formats.chosen(report or ())
@@ -230,11 +234,13 @@ def grade(
 
     def once() -> "Grade":
         what, progress = read(), Progress()
-        graded = grading.grade(chosen, what, seed=None if seed < 0 else seed, progress=progress)
+        chance = None if seed < 0 else seed
+        graded = grading.grade(chosen, what, seed=chance, progress=progress, exact=exact)
         _tell(graded, chosen, json, reports, explain)
         progress.say(f"time: {progress.summary()}")
         again = f"invoke grade --lab {lab} --seed {graded.environment['seed']}"
         again += f" --check {check}" if check else ""
+        again += " --exact" if exact else ""
         again += f" --submission {submission}" if submission else f" --variant {what.name}"
         if folder := reporting.write_bundle(graded, again, setup.ROOT / "results"):
             progress.say(f"why: {folder} holds consoles, counters, and the command to run it again")
@@ -378,6 +384,30 @@ def prove(
 
 
 @verb(
+    instructors=True,
+    help={"accept": "what is measured now is right, and what later runs are compared with"},
+)
+def golden(_: Context, accept: bool = False) -> int:
+    """Measure what each function costs, to the instruction: status 1 if one has become dearer."""
+    from grader import golden as module
+    from grader.lab import load_lab
+    from grader.progress import Progress
+    from grader.station import build_solution
+
+    progress = Progress()
+    dearer = module.run(build_solution(load_lab(LAB), progress), progress, accept)
+    if accept:
+        print(f"accepted: {module.ACCEPTED.relative_to(setup.ROOT)}")
+    for one in dearer:
+        print(f"dearer  {one}")
+    if dearer:
+        print("If that is meant to be: invoke golden --accept, and say why in the commit.")
+    elif not accept:
+        print("No function has become dearer.")
+    return 1 if dearer else 0
+
+
+@verb(
     help={
         "servers": "all, or a list: epoll, epoll-exclusive, epoll-reuseport, io_uring, limit, "
         "plain, and MegaPipe with any of B, P, L",
@@ -395,7 +425,12 @@ def prove(
         "model": "show the cost model, and what each optimisation contributes, as well",
         "transfers": "for the model: a result of --sharing (sharing.json beside --show's, if any)",
         "sharing": "count the cache lines that move between CPUs instead (the first of "
-        "--per-connection and of --smp; --out: results/sharing.json)",
+        "--per-connection and of --smp; --out: results/sharing.json); with --exact: as well",
+        "exact": "in virtual time, with the clients in the machine: the same numbers each time, "
+        "whatever the host does (--out: results/exact.json)",
+        "turn": "of --exact: how long a CPU runs before the next, in ticks of 838 ns (12; 0: until "
+        "a timer is due, which is faster)",
+        "jobs": "of --exact: machines at a time (default: one for each CPU of the host)",
         "lab": "whose solution MegaPipe is",
     }
 )
@@ -416,6 +451,9 @@ def bench(
     model: bool = False,
     transfers: str = "",
     sharing: bool = False,
+    exact: bool = False,
+    turn: int = -1,
+    jobs: int = 0,
     lab: str = LAB,
 ) -> None:
     """Measure MegaPipe, epoll, io_uring and the limit side by side."""
@@ -432,7 +470,12 @@ def bench(
         )
     if show:
         document, found = samples.read(Path(show))
-        module.report(found, module.wide_console(), counts=counts)
+        if "exact" in document["identity"]:
+            from grader import exact as virtual
+
+            virtual.report(found, module.wide_console())
+        else:
+            module.report(found, module.wide_console(), counts=counts)
         if model:
             from grader import contributions
             from grader.sharing import read_transfers
@@ -444,7 +487,12 @@ def bench(
         return
     if quick and full:
         raise UsageError("--quick and --full exclude each other", "leave one of them out")
-    grid = module.QUICK if quick else module.FULL if full else module.USUAL
+    if not exact and (turn >= 0 or jobs):
+        raise UsageError("--turn and --jobs belong to --exact", "add it, or leave them out")
+    if exact and (rounds or until):
+        raise UsageError("--exact: one round says all", "leave out --rounds and --until")
+    grids = module.EXACT if exact else module.WIRE
+    grid = grids["quick" if quick else "full" if full else "usual"]
     given: dict[str, Any] = {
         "servers": module.choose(servers) if servers else (),
         "per_connection": _numbers("per-connection", per_connection),
@@ -454,16 +502,50 @@ def bench(
         "until": until,
     }
     grid = replace(grid, **{name: value for name, value in given.items() if value})
-    path = Path(out or setup.ROOT / "results" / ("sharing.json" if sharing else "bench.json"))
+    name = "exact" if exact else "sharing" if sharing else "bench"
+    path = Path(out or setup.ROOT / "results" / f"{name}.json")
     if not out:
         results.make_folder(path.parent)
     results.check_writable(path, "--out")
-    if sharing:
+    if exact:
+        from grader import exact as virtual
+
+        setting = virtual.Setting(turn if turn >= 0 else virtual.TURN, sharing)
+        virtual.run(load_lab(lab), grid, setting, path, fresh=fresh, jobs=jobs)
+    elif sharing:
         from grader import sharing as moving
 
         moving.run(load_lab(lab), grid, path)
     else:
         module.run(load_lab(lab), grid, path, fresh=fresh)
+
+
+@verb(
+    help={
+        "thresholds": "how many requests gather before they go down, a list (1 to 256)",
+        "connections": "how many connections are open, a list (1,8,64,256)",
+        "out": "the result file (results/latency.json)",
+        "lab": "whose solution MegaPipe is",
+    }
+)
+def latency(
+    _: Context, thresholds: str = "", connections: str = "", out: str = "", lab: str = LAB
+) -> None:
+    """Measure how long replies take under batching, in virtual time: the same each time."""
+    from grader import latency as module
+    from grader import results
+    from grader.lab import load_lab
+
+    path = Path(out or setup.ROOT / "results" / "latency.json")
+    if not out:
+        results.make_folder(path.parent)
+    results.check_writable(path, "--out")
+    module.run(
+        load_lab(lab),
+        module.numbers("--thresholds", _numbers("thresholds", thresholds), module.THRESHOLDS),
+        module.numbers("--connections", _numbers("connections", connections), module.CONNECTIONS),
+        path,
+    )
 
 
 @verb(

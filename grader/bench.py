@@ -122,6 +122,13 @@ FULL = Grid(
     sizes=(64, 256, 1024, 4096, 16384),
     vcpus=(1, 2, 4, 8),
 )
+WIRE = {"usual": USUAL, "quick": QUICK, "full": FULL}
+# In exact mode, where one round says all.
+EXACT = {
+    "usual": Grid((*PEERS, "plain", "B", "BPL", "limit"), (1, 10)),
+    "quick": Grid(("epoll", "epoll-reuseport", "io_uring", "BPL", "limit"), (1, 10), vcpus=(1, 4)),
+    "full": Grid(tuple(SERVERS), (1, 10, 128), vcpus=(1, 2, 4, 8, 12, 16)),
+}
 
 
 def connections(cell: Cell) -> int:
@@ -247,7 +254,7 @@ def run(lab: Lab, grid: Grid, out: Path, *, fresh: bool = False) -> None:
                 with Station(built, vcpus) as station:
                     for cell in cells:
                         _measure_cell(station, cell, grid, journal, clock, progress)
-        made = samples.document(identity(grid, built), _environment(), journal.samples)
+        made = samples.document(identity(grid, built), environment(), journal.samples)
         journal.finish(made)
     report(journal.samples, wide_console())
     progress.say(f"{out} has the counts. {progress.summary()}")
@@ -260,7 +267,7 @@ def _complete(cell: Cell, grid: Grid, journal: Journal) -> bool:
     return not grid.until or _narrow([s for s in journal.samples if s.cell == cell], grid)
 
 
-def _environment() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """Return what it was measured with and on, beside what makes it another bench."""
     return {
         "qemu": qemu_version(),

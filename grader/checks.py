@@ -71,6 +71,11 @@ def interval(samples: Sequence[float]) -> Interval:
     return Interval(statistics.fmean(samples), t * statistics.stdev(samples) / math.sqrt(count))
 
 
+def spread(samples: Sequence[float]) -> Interval:
+    """Return `interval`, or for a single sample, which is an exact run's, just that."""
+    return Interval(samples[0], 0.0) if len(samples) == 1 else interval(samples)
+
+
 class Indistinct(ValueError):
     """The solution seems to cost no less than the starter: the counts spread too far to compare."""
 
@@ -92,7 +97,7 @@ def share(
     if span <= 0:
         raise Indistinct
     ratio = statistics.fmean(saved) / span
-    left = interval([mine - ratio * all_ for mine, all_ in zip(saved, most, strict=True)])
+    left = spread([mine - ratio * all_ for mine, all_ in zip(saved, most, strict=True)])
     return Interval(ratio, left.half / span)
 
 

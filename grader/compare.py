@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from grader.checks import Interval, interval
+from grader.checks import Interval, spread
 from grader.samples import Cell, Sample
 
 BASELINE = "epoll"
@@ -47,7 +47,7 @@ class Comparison:
 
     def spread(self, server: str, measure: Measure) -> Interval:
         """Return a server's mean per transaction."""
-        return interval([measure(sample) for sample in self.samples[server]])
+        return spread([measure(sample) for sample in self.samples[server]])
 
     def ratio(self, server: str, measure: Measure, base: str = BASELINE) -> Interval | None:
         """Return a server's cost as a share of that of `base`; None if that was not measured."""
@@ -79,14 +79,14 @@ class Comparison:
             values = [combine(*map(measure, samples)) for samples in rounds]
         except ZeroDivisionError:
             return None
-        return interval(values)
+        return spread(values)
 
 
-def compare(samples: Sequence[Sample]) -> list[Comparison]:
+def compare(samples: Sequence[Sample], least: int = 2) -> list[Comparison]:
     """Group samples by cell and server, each server's in the order of the rounds.
 
     A round that not every server of the cell has gone through (the bench was interrupted) is
-    left out, and so is a cell with fewer than two whole rounds.
+    left out, and so is a cell with fewer than `least` whole rounds.
     """
     cells: dict[Cell, dict[str, dict[int, Sample]]] = {}
     for sample in samples:
@@ -95,7 +95,7 @@ def compare(samples: Sequence[Sample]) -> list[Comparison]:
     comparisons = []
     for cell, servers in cells.items():
         whole = sorted(set.intersection(*(set(rounds) for rounds in servers.values())))
-        if len(whole) >= 2:
+        if len(whole) >= least:
             comparisons.append(
                 Comparison(
                     cell,

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from grader import answers, kernel_text, points
+from grader import answers, exact_grade, kernel_text, points
 from grader import checks as judge
 from grader import variant as variants
 from grader.checks import CheckResult
@@ -308,15 +308,19 @@ def grade(
     vcpus: int = 4,
     seed: int | None = None,
     progress: Progress | None = None,
+    exact: bool = False,
 ) -> Grade:
-    """Grade `variant`. Raises `NoGrade` or another `UserError` where the machine fails."""
+    """Grade `variant`. Raises `NoGrade` or another `UserError` where the machine fails.
+
+    `exact`: in virtual time, for a lab that is `exact_grade.possible`.
+    """
     progress = progress or Progress(quiet=True)
     seed = secrets.randbits(63) if seed is None else seed
     begin = time.monotonic()
     load_before = os.getloadavg()[0]
     with progress.phase("kernel"):
         kernel = build_kernel(progress=progress)
-    try_it = _try_code if lab.has_code else _try_answers
+    try_it = _try_exactly if exact else _try_code if lab.has_code else _try_answers
     tried = try_it(lab, variant, kernel, vcpus, seed, progress)
     results = judge.apply_activity(lab, tried.results)
     return Grade(
@@ -331,6 +335,7 @@ def grade(
             "qemu": qemu_version(),
             "cpu_model": CPU_MODEL,
             "accelerator": "tcg",
+            **({"exact": True} if exact else {}),
             **tried.machine,
             "vcpus": vcpus,
             "seed": seed,
@@ -383,23 +388,44 @@ def _try_code(
     with progress.phase("kernel"):
         debug_kernel = build_kernel(True, progress) if lab.needs_debug_kernel else None
     with progress.phase("references"):
-        references = {
-            "starter": build(lab, variants.starter(lab.folder), kernel),
-            "solution": build(lab, variants.solution(lab.folder), kernel),
-        }
+        references = _references(lab, kernel)
     try:
         with progress.phase("submission"):
             built = build(lab, variant, kernel)
             debug = build(lab, variant, debug_kernel) if debug_kernel else None
     except (ModuleError, CompileError) as error:
-        reason = f"does not compile: {_first_error(error.text)}"
-        return _Tried(
-            [
-                judge.failed(check, "no-build", reason, next_step=error.text.strip()[:4000])
-                for check in lab.checks
-            ]
-        )
+        return _no_build(lab, error)
     return _Tried(*_measure(lab, built, debug, references, vcpus, seed, progress))
+
+
+def _try_exactly(
+    lab: Lab, variant: Variant, kernel: Kernel, vcpus: int, _: int, progress: Progress
+) -> _Tried:
+    with progress.phase("references"):
+        references = _references(lab, kernel)
+    try:
+        with progress.phase("submission"):
+            built = build(lab, variant, kernel)
+    except (ModuleError, CompileError) as error:
+        return _no_build(lab, error)
+    return _Tried(exact_grade.measure(lab, built, references, vcpus, progress))
+
+
+def _references(lab: Lab, kernel: Kernel) -> Mapping[str, Built]:
+    return {
+        "starter": build(lab, variants.starter(lab.folder), kernel),
+        "solution": build(lab, variants.solution(lab.folder), kernel),
+    }
+
+
+def _no_build(lab: Lab, error: ModuleError | CompileError) -> _Tried:
+    reason = f"does not compile: {_first_error(error.text)}"
+    return _Tried(
+        [
+            judge.failed(check, "no-build", reason, next_step=error.text.strip()[:4000])
+            for check in lab.checks
+        ]
+    )
 
 
 def _first_error(text: str) -> str:

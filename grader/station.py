@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +35,15 @@ MEMORY_MIB = 512
 # The debug kernel keeps shadow memory, and everything takes several times as long.
 DEBUG_MEMORY_MIB = 768
 DEBUG_SLOWNESS = 5.0
+# Of exact runs: where they stand still to be read (a system call that nothing in the guest makes
+# but images/guest/exact-clients.c), and how long it may take from one to the next.
+MARK = "__x64_sys_personality"
+MARK_SECONDS = 600.0
+POLL_SECONDS = 0.002
+
+
+class Stopped(Exception):
+    """The run was given up by whoever started it."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,7 @@ class Built:
     kernel: Kernel
     module: Module
     limit: Module
+    programs: Path
     image: Image
 
 
@@ -69,6 +81,16 @@ def library_files(lab: Lab, variant: Variant) -> list[Path]:
     return files
 
 
+@dataclass(frozen=True)
+class Script:
+    """What a machine in exact mode does by itself, with nobody outside to talk to."""
+
+    command: str
+    image: Image
+    servers: int
+    """How many of the vCPUs, the first ones, are the server's."""
+
+
 def build(lab: Lab, variant: Variant, kernel: Kernel) -> Built:
     """Compile a variant; a student's mistake is a `ModuleError` or a `CompileError`."""
     module = build_module(kernel, kernel_files(lab, variant))
@@ -76,7 +98,7 @@ def build(lab: Lab, variant: Variant, kernel: Kernel) -> Built:
     limit = build_limit(kernel)
     programs = build_programs(library, UAPI, kernel.source / "include/uapi")
     image = build_image(programs, [module.ko, limit.ko])
-    return Built(variant, kernel, module, limit, image)
+    return Built(variant, kernel, module, limit, programs, image)
 
 
 def build_solution(lab: Lab, progress: Progress) -> Built:
@@ -110,6 +132,9 @@ class Station:
     probe (not `counted`) everything is faster, and has no cost. With `stacks`, the stack probe
     follows every call besides, with `sharing`, the sharing probe every access to memory, and
     everything is slower. On the debug kernel, only its reports are counted.
+
+    With a `script` the machine runs in exact mode: `start` it, go through its `marks`, and only
+    then enter the ``with`` block, in which the agent can be asked what became of it.
     """
 
     def __init__(
@@ -124,6 +149,7 @@ class Station:
         kernel_args: Sequence[str] = (),
         stacks: bool = False,
         sharing: bool = False,
+        script: Script | None = None,
     ) -> None:
         self.built = built
         self.name = name or built.variant.name
@@ -133,17 +159,23 @@ class Station:
         if counted:
             symbols = Symbols.of_kernel(built.kernel.vmlinux)
             config = ProbeConfig.of_reports if debug else ProbeConfig.standard
-            self._probe = Probe(config(vcpus, symbols), symbols)
+            counting = config(vcpus, symbols)
+            if script is not None:
+                counting = replace(counting, mark=MARK)
+            self._probe = Probe(counting, symbols)
+        recorded = vcpus if script is None else script.servers
         self._stacks: StackProbe | None = None
         if stacks:
-            self._stacks = StackProbe(vcpus, sources.of_kernel(built.kernel))
+            self._stacks = StackProbe(vcpus, sources.of_kernel(built.kernel), recorded=recorded)
         self._sharing: SharingProbe | None = None
         if sharing:
             symbols = Symbols.of_kernel(built.kernel.vmlinux)
-            self._sharing = SharingProbe(vcpus, memory_mib, symbols)
+            self._sharing = SharingProbe(vcpus, memory_mib, symbols, recorded=recorded)
         self._config = MachineConfig(
             kernel=built.kernel.vmlinux,
-            initramfs=built.image.initramfs,
+            initramfs=built.image.initramfs if script is None else script.image.initramfs,
+            exact=script is not None,
+            command="" if script is None else script.command,
             vcpus=vcpus,
             memory_mib=memory_mib,
             disk=disk,
@@ -171,6 +203,25 @@ class Station:
             self._machine.start()
             self._stack = stack.pop_all()
 
+    def marks(self, count: int, stop: threading.Event) -> Iterator[int]:
+        """Yield at each of the script's first `count` marks: the whole guest stands still there.
+
+        It goes on when the next one is asked for. There are fewer if the script ends before. Raises
+        `MachineError` if the guest does not get there, `Stopped` if `stop` has been set.
+        """
+        for number in range(count):
+            limit = time.monotonic() + self.machine.scaled(MARK_SECONDS)
+            while self.probe.marks <= number:
+                self.machine.watch()
+                if self.machine.speaks():
+                    return
+                if stop.wait(POLL_SECONDS):
+                    raise Stopped
+                if time.monotonic() > limit:
+                    raise self.machine.hung("the script does not come to its next mark")
+            yield number
+            self.probe.pass_mark()
+
     @property
     def probe(self) -> Probe:
         """The counters of a station that is `counted`."""
@@ -182,6 +233,11 @@ class Station:
         """The call paths of a station with `stacks`; for its modules see `name_modules`."""
         assert self._stacks is not None
         return self._stacks
+
+    @property
+    def has_sharing(self) -> bool:
+        """Whether this station has a sharing probe."""
+        return self._sharing is not None
 
     @property
     def sharing(self) -> SharingProbe:
@@ -202,7 +258,7 @@ class Station:
             self.start()
         try:
             self.machine.__enter__()
-            if self._stacks is not None:
+            if self._stacks is not None and not self._config.exact:
                 self.name_modules()
         except BaseException:
             self.close()

@@ -25,6 +25,10 @@ GUEST = Path(__file__).parent / "guest"
 # its source: each stands alone, so it needs nothing of what `make headers_install` does.
 KERNEL_HEADERS = ("linux/io_uring.h",)
 
+# Only in images for exact runs: every boot unpacks what is there.
+_EXACT_SCRIPT = "exact"
+_EXACT_PROGRAMS = ("exact-clients",)
+
 # A file's time is part of the archive; any fixed one makes its bytes repeat.
 _EPOCH = 1_000_000_000
 # Goes into the image's key: raise it when the steps below change what they make.
@@ -167,8 +171,11 @@ def _make_programs(
             target.chmod(0o755)
 
 
-def build_image(programs: Path, modules: Sequence[Path]) -> Image:
+def build_image(programs: Path, modules: Sequence[Path], clients: Sequence[Path] = ()) -> Image:
     """Return an initramfs with busybox, the init script, `programs`/bin/* and kernel modules.
+
+    With `clients`, statically linked programs, the image is one for exact runs: they and what
+    runs them are in it, too.
 
     The archive is not compressed: QEMU hands it over in memory, and unpacking it would be the
     guest's work, at the emulator's speed.
@@ -176,8 +183,12 @@ def build_image(programs: Path, modules: Sequence[Path]) -> Image:
     busybox = _busybox()
     parts: list[str | bytes | Path] = [_RECIPE, GUEST / "init", busybox, programs / "bin", _cpio()]
     parts += modules
+    if clients:
+        parts += [GUEST / _EXACT_SCRIPT, *clients]
     key = cache.digest(*parts)
-    folder = cache.entry("image", key, functools.partial(_make_image, busybox, programs, modules))
+    folder = cache.entry(
+        "image", key, functools.partial(_make_image, busybox, programs, modules, clients)
+    )
     return Image(folder / "initramfs", key)
 
 
@@ -206,7 +217,13 @@ def _cpio() -> str:
     return _tool(["cpio", "--version"]).stdout
 
 
-def _make_image(busybox: Path, programs: Path, modules: Sequence[Path], folder: Path) -> None:
+def _make_image(
+    busybox: Path,
+    programs: Path,
+    modules: Sequence[Path],
+    clients: Sequence[Path],
+    folder: Path,
+) -> None:
     stage = folder / "stage"
     for name in ("bin", "dev", "etc", "proc", "run", "sys", "tmp"):
         (stage / name).mkdir(parents=True)
@@ -221,11 +238,15 @@ def _make_image(busybox: Path, programs: Path, modules: Sequence[Path], folder: 
     for applet in _tool([str(busybox), "--list"]).stdout.split():
         if applet != "busybox":
             (stage / "bin" / applet).symlink_to("busybox")
-    for program in sorted((programs / "bin").iterdir()):
+    for program in (*sorted((programs / "bin").iterdir()), *clients):
+        if program.name in _EXACT_PROGRAMS and not clients:
+            continue
         target = stage / "bin" / program.name
         target.unlink(missing_ok=True)
         _copy(program, target, 0o755)
     _copy(GUEST / "init", stage / "init", 0o755)
+    if clients:
+        _copy(GUEST / _EXACT_SCRIPT, stage / "bin" / _EXACT_SCRIPT, 0o755)
     for module in modules:
         # Nine tenths of it are for debuggers, which read the original outside.
         _tool(["objcopy", "--strip-debug", str(module), str(stage / module.name)])

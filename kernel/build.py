@@ -24,6 +24,7 @@ PATCHES = HERE / "patches"
 CONFIG = HERE / "config"
 MODULE = HERE / "megapipe"
 LIMIT = HERE / "limit"
+TURNS = HERE / "turns"
 UAPI = MODULE / "uapi"
 DEBIAN_TARBALL = Path("/usr/src/linux-source-6.12.tar.xz")
 
@@ -333,6 +334,14 @@ def build_limit(kernel: Kernel) -> Module:
         return _build_module(kernel, "mp_limit", LIMIT, {})
     except ModuleError as error:
         raise BuildError(f"mp_limit.ko does not compile\n{error.text}", "put it back") from error
+
+
+def build_turns(kernel: Kernel) -> Module:
+    """Build mp_turns.ko, which bounds how long a CPU runs in exact mode."""
+    try:
+        return _build_module(kernel, "mp_turns", TURNS, {})
+    except ModuleError as error:
+        raise BuildError(f"mp_turns.ko does not compile\n{error.text}", "put it back") from error
 
 
 def _build_module(kernel: Kernel, name: str, source: Path, files: Mapping[str, Path]) -> Module:

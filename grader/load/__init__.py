@@ -298,14 +298,17 @@ class Stopped(LoadError):
         )
 
 
-def build_loadgen() -> Path:
+def build_loadgen(static: bool = False) -> Path:
     """Return the compiled load generator, from the cache if it is there.
 
-    Raises `LoadError` with the compiler's output if it cannot be compiled.
+    `static`: for the guest, which has no libraries. Raises `LoadError` with the compiler's output
+    if it cannot be compiled.
     """
 
+    flags = (*FLAGS, "-static") if static else FLAGS
+
     def make(folder: Path) -> None:
-        command = [COMPILER, *FLAGS, "-o", str(folder / "loadgen"), str(SOURCE)]
+        command = [COMPILER, *flags, "-o", str(folder / "loadgen"), str(SOURCE)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         except FileNotFoundError as error:
@@ -313,7 +316,7 @@ def build_loadgen() -> Path:
         if done.returncode != 0:
             raise LoadError(f"cannot compile {SOURCE.name}:\n{done.stderr}")
 
-    key = cache.digest(SOURCE, COMPILER, *FLAGS)
+    key = cache.digest(SOURCE, COMPILER, *flags)
     return cache.entry("loadgen", key, make) / "loadgen"
 
 

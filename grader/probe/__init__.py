@@ -24,7 +24,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grader.probe.counted import EVENTS, REPORTERS, STANDARD, Counted, select
-from grader.probe.counters import STATE_ENDED, STATE_NEW, Counters, Header, Total, new_file, parse
+from grader.probe.counters import (
+    PASSED,
+    PASSED_OFFSET,
+    STATE_ENDED,
+    STATE_NEW,
+    Counters,
+    Header,
+    Total,
+    new_file,
+    parse,
+)
 from grader.probe.errors import PluginUnavailable, ProbeError, UnknownSymbol
 from grader.probe.files import PluginFiles
 from grader.probe.loading import arguments, plugin
@@ -63,6 +73,8 @@ class ProbeConfig:
     functions: Mapping[str, Sequence[str]]
     instructions: bool = True
     """False: functions only, at next to no cost in time."""
+    mark: str = ""
+    """A kernel function at whose entry the guest stands still until `Probe.pass_mark`."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.vcpus <= MAX_VCPUS:
@@ -106,6 +118,7 @@ class Probe(PluginFiles):
         self.config = config
         self._names = tuple(config.functions)
         self._addresses = {name: symbols.resolve(config.functions[name]) for name in self._names}
+        self._mark = symbols.resolve([config.mark]) if config.mark else ()
         if sum(map(len, self._addresses.values())) > MAX_ADDRESSES:
             raise ProbeError(f"more than {MAX_ADDRESSES} addresses", "use narrower patterns")
 
@@ -120,8 +133,8 @@ class Probe(PluginFiles):
         with (folder / "functions").open("w") as lines:
             for name, addresses in self._addresses.items():
                 lines.writelines(f"{address:x} {name}\n" for address in addresses)
-        with counters.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        with counters.open("r+b") as file:
+            return mmap.mmap(file.fileno(), 0)
 
     def _header(self) -> Header:
         header = Header.read(self._opened())
@@ -133,6 +146,8 @@ class Probe(PluginFiles):
         """Return the arguments with which QEMU, under ``-accel tcg``, loads this probe."""
         plugin_file, folder = self._to_load()
         options = {} if self.config.instructions else {"instructions": "off"}
+        if self._mark:
+            options["mark"] = f"{self._mark[0]:x}"
         return arguments(
             plugin_file, counters=folder / "counters", functions=folder / "functions", **options
         )
@@ -146,6 +161,17 @@ class Probe(PluginFiles):
     def ended(self) -> bool:
         """Whether that QEMU has exited in an orderly way (not so if it was killed)."""
         return self._header().state == STATE_ENDED
+
+    @property
+    def marks(self) -> int:
+        """How many marks the guest has reached; it stands still at the last unless it is passed."""
+        return self._header().marks
+
+    def pass_mark(self) -> None:
+        """Let the guest go on from the mark that it has reached."""
+        header = self._header()
+        if header.passed < header.marks:
+            PASSED.pack_into(self._opened(), PASSED_OFFSET, header.marks)
 
     def read(self) -> Counters:
         """Return the counters now; they survive the end of QEMU until the probe is closed.

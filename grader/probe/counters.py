@@ -13,10 +13,12 @@ import numpy.typing as npt
 from grader.probe.errors import ProbeError
 
 MAGIC = b"MPPROBE\n"
-LAYOUT = 2
+LAYOUT = 3
 # As in probe.c: magic, layout, vcpus, functions, block_bytes, blocks_offset | state, api_version,
-# guest_vcpus, addresses.
-HEADER = struct.Struct("<8sIIIIQIIII")
+# guest_vcpus, addresses, marks | passed (the reader's).
+HEADER = struct.Struct("<8sIIIIQIIIIII")
+PASSED = struct.Struct("<I")
+PASSED_OFFSET = HEADER.size - PASSED.size
 BLOCKS_OFFSET = 4096
 # Words of a block before its functions: user, kernel, clock, in_clock.
 FIXED = 4
@@ -96,6 +98,8 @@ class Header:
     api_version: int
     guest_vcpus: int
     addresses: int
+    marks: int
+    passed: int
 
     @classmethod
     def read(cls, data: bytes | mmap.mmap) -> Header:
@@ -122,7 +126,9 @@ def _block_bytes(functions: int) -> int:
 def new_file(vcpus: int, functions: int) -> bytes:
     """Return the content of a counter file that no plugin has used yet."""
     block = _block_bytes(functions)
-    header = HEADER.pack(MAGIC, LAYOUT, vcpus, functions, block, BLOCKS_OFFSET, STATE_NEW, 0, 0, 0)
+    header = HEADER.pack(
+        MAGIC, LAYOUT, vcpus, functions, block, BLOCKS_OFFSET, STATE_NEW, 0, 0, 0, 0, 0
+    )
     return header.ljust(BLOCKS_OFFSET + vcpus * block, b"\0")
 
 

@@ -18,6 +18,10 @@
  *   functions=PATH   a text file of lines "hex-address name"; a name's first line gives it the
  *                    next counter, further lines with that name count into the same one
  *   instructions=off count functions only: next to nothing is added to the guest's time
+ *   mark=ADDRESS     optional, in hex: whenever a vCPU is about to execute this instruction it
+ *                    waits until the reader has passed the mark. With vCPUs that take turns on
+ *                    one thread the whole guest stands still meanwhile, and in virtual time it
+ *                    does not notice
  *
  * What counts as an instruction is QEMU's business. A block is counted whole when it is entered:
  * one that faults half-way is counted again from the faulting instruction on. QEMU 7.2 re-enters
@@ -41,13 +45,14 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #ifndef PROBE_API_VERSION
 #error "compile with -DPROBE_API_VERSION=<the plugin interface version of the QEMU at hand>"
 #endif
 
 #define PROBE_MAGIC	"MPPROBE\n"
-#define PROBE_LAYOUT	2
+#define PROBE_LAYOUT	3
 #define MAX_VCPUS	64
 #define MAX_FUNCTIONS	512
 #define MAX_ADDRESSES	4096
@@ -72,6 +77,8 @@ struct probe_header {
 	uint32_t api_version;	/* the newest that this QEMU speaks */
 	uint32_t guest_vcpus;
 	uint32_t addresses;
+	uint32_t marks;		/* reached so far */
+	uint32_t passed;	/* of these; written by the reader */
 };
 
 struct probe_block {
@@ -96,6 +103,9 @@ static struct probe_block *blocks[MAX_VCPUS];
 /* Sorted by address; not written after installation, so translating threads share it freely. */
 static struct address addresses[MAX_ADDRESSES];
 static size_t n_addresses;
+
+/* Where a vCPU waits for the reader; 0: nowhere. */
+static uint64_t mark_address;
 
 static char names[MAX_FUNCTIONS][MAX_NAME];
 static unsigned int n_names;
@@ -128,6 +138,18 @@ static void end_clock(unsigned int vcpu, void *function)
 {
 	count_call(vcpu, function);
 	blocks[vcpu]->in_clock = 0;
+}
+
+static void reach_mark(unsigned int vcpu, void *unused)
+{
+	const struct timespec moment = { .tv_nsec = 1000000 };
+	uint32_t mark = __atomic_add_fetch(&header->marks, 1, __ATOMIC_RELEASE);
+
+	(void)vcpu;
+	(void)unused;
+	/* Acquire: what is counted from here on is counted after the reader has read. */
+	while (__atomic_load_n(&header->passed, __ATOMIC_ACQUIRE) < mark)
+		nanosleep(&moment, NULL);
 }
 
 /* What to call when this function is entered. */
@@ -189,10 +211,13 @@ static void translated(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
 						     (void *)(uintptr_t)addresses[i].function);
 
 	/* The instructions of a block follow one another in memory. */
-	for (i = 0; i < n && next < n_addresses; i++) {
+	for (i = 0; i < n && (mark_address || next < n_addresses); i++) {
 		struct qemu_plugin_insn *insn = qemu_plugin_tb_get_insn(tb, i);
 		uint64_t vaddr = qemu_plugin_insn_vaddr(insn);
 
+		if (mark_address && vaddr == mark_address)
+			qemu_plugin_register_vcpu_insn_exec_cb(insn, reach_mark,
+							       QEMU_PLUGIN_CB_NO_REGS, NULL);
 		while (next < n_addresses && addresses[next].vaddr < vaddr)
 			next++;
 		for (; next < n_addresses && addresses[next].vaddr == vaddr; next++)
@@ -308,7 +333,8 @@ static int map_counters(const char *path)
 
 int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, char **argv)
 {
-	const char *counters = NULL, *functions = NULL;
+	const char *counters = NULL, *functions = NULL, *mark = NULL;
+	char *end;
 	int i;
 
 	for (i = 0; i < argc; i++) {
@@ -316,18 +342,25 @@ int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, 
 			counters = value_of(argv[i], "counters");
 		else if (value_of(argv[i], "functions"))
 			functions = value_of(argv[i], "functions");
+		else if (value_of(argv[i], "mark"))
+			mark = value_of(argv[i], "mark");
 		else if (!strcmp(argv[i], "instructions=off"))
 			count_instructions = false;
 		else
 			return refuse("unknown argument %s", argv[i]);
 	}
 	if (!counters || !functions)
-		return refuse("arguments: counters=PATH,functions=PATH[,instructions=off]");
+		return refuse("arguments: counters=PATH,functions=PATH[,instructions=off][,mark=ADDRESS]");
 	if (!info->system_emulation || strcmp(info->target_name, "x86_64"))
 		return refuse("only for qemu-system-x86_64, this is a QEMU for %s",
 			      info->target_name);
 	if (map_counters(counters) || read_functions(functions))
 		return -1;
+	if (mark) {
+		mark_address = strtoull(mark, &end, 16);
+		if (*end || !in_kernel(mark_address))
+			return refuse("mark=%s: not a hex address of the kernel's half", mark);
+	}
 	if (n_names != header->functions)
 		return refuse("%s names %u functions, %s has room for %u", functions, n_names,
 			      counters, header->functions);

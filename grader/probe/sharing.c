@@ -43,6 +43,7 @@
  *   memory_mib=N     the size of the guest's memory; what lies beyond is not seen
  *   direct=ADDRESS   optional: where the kernel has mapped all memory, one to one (in hex). Most
  *                    accesses go there, and QEMU need not be asked where they lead
+ *   recorded=N       optional: count the transfers of the first N vCPUs only
  *   memory=PATH      optional: the file that is the guest's memory. It and the other two are
  *                    removed when the guest begins to run, for then all have opened them, and
  *                    whoever is killed from then on leaves no memory in use
@@ -162,6 +163,9 @@ static uint64_t n_lines;
 /* All memory at one place, of n_lines, if the kernel has it; at 0 it has not. */
 static uint64_t direct_map;
 
+/* Transfers of the vCPUs from this one on are not counted. */
+static unsigned int n_recorded = MAX_VCPUS;
+
 /* Files to remove when the guest begins to run; NULL if none. */
 static char *to_remove[3];
 
@@ -241,7 +245,7 @@ static void transfer(unsigned int vcpu, void *insn, uint64_t line, bool store, u
 	enum mode mode = mode_of(insn);
 	struct sharing_slot *slot;
 
-	if (!__atomic_load_n(&header->recording, __ATOMIC_RELAXED)) {
+	if (vcpu >= n_recorded || !__atomic_load_n(&header->recording, __ATOMIC_RELAXED)) {
 		load->valid = false;
 		return;
 	}
@@ -511,7 +515,7 @@ static int make_state(const char *text)
 int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, char **argv)
 {
 	const char *counters = NULL, *list = NULL, *size = NULL, *memory = NULL;
-	const char *direct = NULL;
+	const char *direct = NULL, *recorded = NULL;
 	char *end;
 	int i;
 
@@ -524,6 +528,8 @@ int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, 
 			size = value_of(argv[i], "memory_mib");
 		else if (value_of(argv[i], "direct"))
 			direct = value_of(argv[i], "direct");
+		else if (value_of(argv[i], "recorded"))
+			recorded = value_of(argv[i], "recorded");
 		else if (value_of(argv[i], "memory"))
 			memory = value_of(argv[i], "memory");
 		else
@@ -531,7 +537,7 @@ int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, 
 	}
 	if (!counters || !list || !size)
 		return refuse("arguments: counters=PATH,functions=PATH,memory_mib=N"
-			      "[,direct=ADDRESS][,memory=PATH]");
+			      "[,direct=ADDRESS][,recorded=N][,memory=PATH]");
 	if (!info->system_emulation || strcmp(info->target_name, "x86_64"))
 		return refuse("only for qemu-system-x86_64, this is a QEMU for %s",
 			      info->target_name);
@@ -547,6 +553,11 @@ int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, 
 		direct_map = strtoull(direct, &end, 16);
 		if (*end || !in_kernel(direct_map))
 			return refuse("direct=%s: not a hex address of the kernel's half", direct);
+	}
+	if (recorded) {
+		n_recorded = (unsigned int)strtoul(recorded, &end, 10);
+		if (*end || !n_recorded)
+			return refuse("recorded=%s: not a number of vCPUs", recorded);
 	}
 	if (memory) {
 		to_remove[0] = strdup(memory);

@@ -59,6 +59,7 @@ UNKNOWN = "(unknown kernel code)"
 class SharingProbe(PluginFiles):
     """The transfers of one QEMU process; a context manager.
 
+    Counted are the transfers of the first `recorded` vCPUs (None: of all).
     `memory_mib` is the size of the guest's memory, all of which lies in a file in memory. The
     plugin removes its name as soon as the guest runs: from then on nothing but an empty folder is
     left behind if this process is killed, and nothing at all otherwise. See `PluginFiles`.
@@ -73,6 +74,7 @@ class SharingProbe(PluginFiles):
         symbols: Symbols,
         qemu: Path | None = None,
         parent: Path | None = None,
+        recorded: int | None = None,
     ) -> None:
         if not 1 <= vcpus <= MAX_VCPUS:
             raise ProbeError(
@@ -86,6 +88,7 @@ class SharingProbe(PluginFiles):
         super().__init__(qemu, parent)
         self.vcpus = vcpus
         self.memory_mib = memory_mib
+        self._recorded = vcpus if recorded is None else recorded
         self._system_map = Path(symbols.source).with_name("System.map")
         self._starts, self._names = _functions(symbols)
         self._late: list[tuple[int, str]] = []
@@ -137,6 +140,7 @@ class SharingProbe(PluginFiles):
                 functions=folder / "functions",
                 memory_mib=self.memory_mib,
                 direct=f"{DIRECT_MAP:x}",
+                recorded=self._recorded,
                 memory=folder / "memory",
             ),
             *("-object", backend, "-machine", "memory-backend=sharing"),
@@ -155,14 +159,15 @@ class SharingProbe(PluginFiles):
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Count during the ``with`` block: what an idle guest's clock does beside it, stays out."""
-        self._record(1)
+        self.record()
         try:
             yield
         finally:
             if self._map is not None:
-                self._record(0)
+                self.record(on=False)
 
-    def _record(self, on: int) -> None:
+    def record(self, *, on: bool = True) -> None:
+        """Begin or end to count; for a guest that stands still whenever it is read."""
         struct.pack_into("<I", self._opened(), RECORDING_OFFSET, on)
 
     def read(self) -> Transfers:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from grader.probe.errors import ProbeError
 
 MAGIC = b"MPSTACK\n"
-LAYOUT = 1
+LAYOUT = 2
 # As in stacks.c: magic, layout, vcpus, functions, late_room, node_slots | late, generation |
 # state, api_version, nodes, lost_frames, lost_stacks | the three offsets.
 HEADER = struct.Struct("<8s5I2I3I2Q3Q")
@@ -22,7 +22,7 @@ LATE_OFFSET_IN_HEADER = struct.calcsize("<8s5I")
 STATE_NEW = 0
 TABLE_OFFSET = 4096
 FUNCTION = np.dtype([("vaddr", "<u8"), ("label", "<u4"), ("kind", "<u4")])
-NODE = np.dtype([("key", "<u8"), ("instructions", "<u8")])
+NODE = np.dtype([("key", "<u8"), ("instructions", "<u8"), ("entries", "<u8")])
 REPEAT = "something else wrote to it; run it again with a new probe"
 
 LABEL_NONE, LABEL_USER, LABEL_UNKNOWN, LABEL_LOST, LABEL_FUNCTIONS = range(5)

@@ -27,12 +27,13 @@
  * marked as entries (asm_sysvec_*, entry_SYSCALL_64) begin a new path, which IRET ends.
  * All user code is one node.
  *
- * Counts lie in a file that the reader made and both map. Argument: counters=PATH. The file has
+ * Counts lie in a file that the reader made and both map. Arguments: counters=PATH, and perhaps
+ * recorded=N: only what the first N vCPUs execute is counted. The file has
  *
  *   struct stacks_header
  *   functions  sorted by address, each up to the next; labels and kinds as the reader wants
  *   late       room for more of them, for modules, which the reader may add at any time
- *   nodes      a hash table of {parent, label, instructions}
+ *   nodes      a hash table of {parent, label, instructions, entries}
  *
  * What does not fit is counted as lost, never dropped: the sum over all nodes is what the probe
  * (probe.c) counts, for both count a block whole when it is entered.
@@ -49,7 +50,7 @@
 #endif
 
 #define STACKS_MAGIC	"MPSTACK\n"
-#define STACKS_LAYOUT	1
+#define STACKS_LAYOUT	2
 #define MAX_VCPUS	64
 #define MAX_DEPTH	256
 #define PAGE_SHIFT	12
@@ -80,6 +81,7 @@ struct function {
 struct node {
 	uint64_t key;		/* parent << 32 | label; 0: free */
 	uint64_t instructions;
+	uint64_t entries;	/* calls of the function, and jumps into it from others */
 };
 
 /* Nodes that are there from the beginning, at these places. */
@@ -146,6 +148,7 @@ static struct stacks_header *header;
 static struct function *functions, *late;
 static struct node *nodes;
 static struct vcpu vcpus[MAX_VCPUS];
+static unsigned int n_recorded = MAX_VCPUS;
 
 /* Pages of stacks. A slot's stack is written before its page, and neither changes after. */
 static struct {
@@ -191,8 +194,10 @@ static uint32_t child(uint32_t parent, uint32_t label)
 	}
 }
 
-static void count(uint32_t node, uint32_t instructions)
+static void count(unsigned int vcpu, uint32_t node, uint32_t instructions)
 {
+	if (vcpu >= n_recorded)
+		return;
 	__atomic_add_fetch(&nodes[node].instructions, instructions, __ATOMIC_RELAXED);
 }
 
@@ -482,7 +487,7 @@ static void interrupt_returned(unsigned int index, void *data)
 static void run_user(unsigned int index, void *instructions)
 {
 	left_for_user(index, NULL);
-	count(NODE_USER, (uint32_t)(uintptr_t)instructions);
+	count(index, NODE_USER, (uint32_t)(uintptr_t)instructions);
 }
 
 static void run(unsigned int index, void *data)
@@ -513,8 +518,10 @@ static void run(unsigned int index, void *data)
 			}
 		}
 		rename_top(vcpu, block->label);
+		if (index < n_recorded)
+			__atomic_add_fetch(&nodes[vcpu->node].entries, 1, __ATOMIC_RELAXED);
 	}
-	count(vcpu->node, block->instructions);
+	count(index, vcpu->node, block->instructions);
 }
 
 static void run_unknown(unsigned int index, void *data)
@@ -675,11 +682,18 @@ static int map_counters(const char *path)
 
 int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, char **argv)
 {
-	const char *counters = argc == 1 ? value_of(argv[0], "counters") : NULL;
+	const char *counters = argc > 0 ? value_of(argv[0], "counters") : NULL;
+	const char *recorded = argc > 1 ? value_of(argv[1], "recorded") : NULL;
 	unsigned int i;
+	char *end;
 
-	if (!counters)
-		return refuse("argument: counters=PATH");
+	if (!counters || argc > 2 || (argc == 2 && !recorded))
+		return refuse("arguments: counters=PATH[,recorded=N]");
+	if (recorded) {
+		n_recorded = (unsigned int)strtoul(recorded, &end, 10);
+		if (*end || !n_recorded)
+			return refuse("recorded=%s: not a number of vCPUs", recorded);
+	}
 	if (!info->system_emulation || strcmp(info->target_name, "x86_64"))
 		return refuse("only for qemu-system-x86_64, this is a QEMU for %s",
 			      info->target_name);

@@ -89,6 +89,8 @@ class StackReading:
     """Of each node: its parent's place, and its label."""
     instructions: npt.NDArray[np.int64]
     """Of each node itself, without what it called."""
+    entries: npt.NDArray[np.int64]
+    """Of each node, how often its function was entered there."""
     labels: Mapping[int, Site]
     lost_frames: int
     """Calls that were too deep to follow: counted where they were called."""
@@ -103,6 +105,7 @@ class StackReading:
         return StackReading(
             self.keys,
             self.instructions - earlier.instructions,
+            self.entries - earlier.entries,
             self.labels,
             self.lost_frames - earlier.lost_frames,
         )
@@ -132,9 +135,25 @@ class StackReading:
             found[name] = found.get(name, 0) + int(self.instructions[place])
         return MappingProxyType(found)
 
+    def functions(self) -> Mapping[Site, tuple[int, int]]:
+        """Return function -> how often it was entered, and the instructions of itself."""
+        found: dict[Site, tuple[int, int]] = {}
+        for place in np.flatnonzero((self.instructions != 0) | (self.entries != 0)).tolist():
+            label = int(self.keys[place]) & 0xFFFFFFFF
+            site = NONE if place == ROOT else self.labels.get(label, UNKNOWN)
+            entries, instructions = found.get(site, (0, 0))
+            found[site] = (
+                entries + int(self.entries[place]),
+                instructions + int(self.instructions[place]),
+            )
+        return MappingProxyType(found)
+
 
 class StackProbe(PluginFiles):
-    """The call paths of one QEMU process; a context manager, see `PluginFiles`."""
+    """The call paths of one QEMU process; a context manager, see `PluginFiles`.
+
+    Counted is what the first `recorded` vCPUs execute (None: all).
+    """
 
     plugin_name = "stacks"
 
@@ -145,11 +164,13 @@ class StackProbe(PluginFiles):
         qemu: Path | None = None,
         parent: Path | None = None,
         node_slots: int = NODE_SLOTS,
+        recorded: int | None = None,
     ) -> None:
         if not 1 <= vcpus <= MAX_VCPUS:
             raise ProbeError(f"the probe cannot count for {vcpus} vCPUs", f"use 1 to {MAX_VCPUS}")
         super().__init__(qemu, parent)
         self._vcpus = vcpus
+        self._recorded = vcpus if recorded is None else recorded
         self._sites = [NONE, USER, UNKNOWN, LOST]
         self._labels = {site: label for label, site in enumerate(self._sites)}
         self._functions = self._rows(functions)
@@ -184,7 +205,8 @@ class StackProbe(PluginFiles):
     def qemu_arguments(self) -> list[str]:
         """Return the arguments with which QEMU, under ``-accel tcg``, loads this probe."""
         plugin_file, folder = self._to_load()
-        return arguments(plugin_file, counters=folder / "counters")
+        options = {"recorded": self._recorded} if self._recorded < self._vcpus else {}
+        return arguments(plugin_file, counters=folder / "counters", **options)
 
     @property
     def counting(self) -> bool:
@@ -205,6 +227,9 @@ class StackProbe(PluginFiles):
         nodes = stack_file.nodes(self._opened())
         counts = nodes["instructions"].astype(np.int64)
         counts.flags.writeable = False
+        entries = nodes["entries"].astype(np.int64)
+        entries.flags.writeable = False
         labels = dict(enumerate(self._sites))
         assert len(labels) >= LABEL_FUNCTIONS
-        return StackReading(nodes["key"], counts, MappingProxyType(labels), header.lost_frames)
+        labelled = MappingProxyType(labels)
+        return StackReading(nodes["key"], counts, entries, labelled, header.lost_frames)

@@ -409,7 +409,7 @@ def test_plugin_refuses(harness: Path, tmp_path: Path, content: bytes, message: 
 def test_bad_files() -> None:
     with pytest.raises(ProbeError, match="no file of stacks"):
         stack_file.Header.read(b"")
-    with pytest.raises(ProbeError, match="layout 1"):
+    with pytest.raises(ProbeError, match=f"layout {stack_file.LAYOUT}"):
         stack_file.Header.read(b"?" * 4096)
     with pytest.raises(ProbeError, match="does not fit its size"):
         stack_file.Header.read(stack_file.new_file(1, [], 1, 64)[:-1])

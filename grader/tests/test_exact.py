@@ -1,0 +1,155 @@
+"""Exact mode: the same to the last instruction, and wrong bytes or lost clients are no result."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from grader import exact, latency
+from grader.errors import UsageError
+from grader.experiment import ExperimentFailed, slope
+from grader.lab import LoadShape, load_lab
+from grader.progress import Progress
+from grader.samples import Cell
+from grader.station import Built, Stopped, build_solution
+from images.build import Image
+
+LAB = "3-lwsocket"
+RESULT = json.dumps({"outcome": "complete"})
+BAD_RESULT = json.dumps({"outcome": "errors"})
+
+
+@pytest.mark.parametrize("vcpus", [1, 2, 4, 8, 12, 16])
+@pytest.mark.parametrize("per_connection", [0, 1, 10, 128])
+def test_windows_are_whole_lives_of_all_connections(vcpus: int, per_connection: int) -> None:
+    load = exact.shape(Cell(vcpus, 64, per_connection))
+    warm_up, short, long = exact.windows(load)
+    for length in (warm_up, short, long):
+        # Each client has a whole number of lives, too.
+        assert length % (load.connections * max(1, per_connection)) == 0
+        assert length % vcpus == 0
+    assert long == 2 * short
+
+
+def test_the_command_says_all_that_the_load_is() -> None:
+    load = LoadShape(8, 3, 100, mode="closed", close="fin", pause_us=7)
+    made = Image(Path("initramfs"), "key")
+    words = exact.script("server --batch", load, 4, exact.Setting(turn=5), made).command.split()
+    assert words[:5] == ["exact", "4", "4", "5", "5000"]
+    options = dict(zip(words[6:-4:2], words[7:-4:2], strict=False))
+    assert options["--connections"] == "2" and options["--pause"] == "7"
+    assert options["--mode"] == "closed" and options["--close"] == "fin"
+    assert words[words.index("--") + 1 :] == ["server", "--batch", "--buffer", "4096"]
+    # The kernel's command line has 2,048 characters, most of them taken.
+    assert len(" ".join(words)) < 500
+
+
+def test_connections_that_cannot_be_shared_out_are_refused() -> None:
+    made = Image(Path("initramfs"), "key")
+    with pytest.raises(ValueError, match="6 connections for 4 clients"):
+        exact.script("server", LoadShape(6, 1), 4, exact.Setting(), made)
+
+
+@pytest.mark.parametrize("turn", [-1, 1, 65536])
+def test_turns_that_cannot_be(turn: int) -> None:
+    with pytest.raises(UsageError, match="--turn"):
+        exact.Setting(turn)
+
+
+@pytest.mark.parametrize(
+    ("said", "clients", "problem"),
+    [
+        ("", 1, "ended with status"),
+        ("1\nexact: no veth\n", 1, "status 1: exact: no veth"),
+        (f"0\n{RESULT}\n", 2, "of 2 clients 1 had"),
+        (f"0\n{RESULT}\n{BAD_RESULT}\n", 2, "of 2 clients 1 had"),
+        ("0\n{cut off", 1, "makes no sense"),
+    ],
+)
+def test_what_is_no_result(said: str, clients: int, problem: str) -> None:
+    with pytest.raises(ExperimentFailed, match=problem):
+        exact.check(said, clients)
+
+
+def test_what_is_a_result() -> None:
+    exact.check(f"0\n{RESULT}\n{RESULT}\n", 2)
+
+
+def test_numbers_of_latency() -> None:
+    assert latency.numbers("--thresholds", (), (1, 2)) == (1, 2)
+    assert latency.numbers("--thresholds", (1, 7), latency.THRESHOLDS) == (1, 7)
+    with pytest.raises(UsageError, match="--thresholds: numbers from 1 to 256"):
+        latency.numbers("--thresholds", (257,), latency.THRESHOLDS)
+
+
+# --- in a machine -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def built() -> Built:
+    return build_solution(load_lab(LAB), Progress(quiet=True))
+
+
+@pytest.fixture
+def stop() -> Iterator[threading.Event]:
+    yield threading.Event()
+
+
+@pytest.mark.vm
+@pytest.mark.parametrize("turn", [0, exact.TURN])
+def test_two_runs_are_identical(built: Built, stop: threading.Event, turn: int) -> None:
+    setting = exact.Setting(turn, sharing=True)
+    made = exact.image(built)
+    first, second = (
+        exact.measure_cell(built, made, Cell(2, 64, 1), "BPL", setting, stop) for _ in range(2)
+    )
+    assert dataclasses.replace(first, seconds=0.0) == dataclasses.replace(second, seconds=0.0)
+    calls = slope(first.short, first.long).calls
+    # What it is about was counted: a connection each, on the server's side alone, and lines.
+    assert calls["tcp_accept"] == 1 and calls["file_alloc"] == 0
+    assert calls[exact.TRANSFERS] > calls[exact.HANDOVERS] > 0
+
+
+@pytest.mark.vm
+def test_shorter_turns_interleave_more(built: Built, stop: threading.Event) -> None:
+    made = exact.image(built)
+    load = exact.shape(Cell(2, 64, 1))
+    switches = [
+        slope(
+            *exact.measure(
+                built, made, "epoll-server", load, 2, exact.Setting(turn, sharing=True), stop
+            )
+        ).calls[exact.TRANSFERS]
+        for turn in (0, exact.TURN)
+    ]
+    assert switches[1] > 1.1 * switches[0]
+
+
+@pytest.mark.vm
+def test_a_server_that_does_not_start_is_no_result(built: Built, stop: threading.Event) -> None:
+    made = exact.image(built)
+    with pytest.raises(ExperimentFailed, match="the server does not start"):
+        exact.measure(
+            built, made, "mp-server --no-such", LoadShape(2, 1), 1, exact.Setting(0), stop
+        )
+
+
+@pytest.mark.vm
+def test_a_run_that_is_given_up_ends_at_once(built: Built, stop: threading.Event) -> None:
+    made = exact.image(built)
+    stop.set()
+    with pytest.raises(Stopped):
+        exact.measure_cell(built, made, Cell(1, 64, 1), "BPL", exact.Setting(0), stop)
+
+
+@pytest.mark.vm
+def test_latency_comes_from_the_clients_own_samples(built: Built, stop: threading.Event) -> None:
+    row = latency.measure(built, exact.image(built), 32, 8, stop)
+    assert row.latency.count == 2 * exact.windows(LoadShape(8, 0))[1]
+    assert 0 < row.latency.p50 <= row.latency.p99 <= row.latency.max
+    assert 0 < row.system_calls < 1
