@@ -592,6 +592,7 @@ def profile(
         "bench": "a bench's result (default: the recorded one)",
         "sharing": "a result of bench --sharing (default: sharing.json beside the bench's, if any)",
         "grade": "a result of grade --json, again and again (default: the recorded ones)",
+        "exact": "a result of bench --exact --sharing (default: the recorded one)",
     },
 )
 def plot(
@@ -600,6 +601,7 @@ def plot(
     bench: str = "",
     sharing: str = "",
     grade: Sequence[str] | None = None,
+    exact: str = "",
 ) -> None:
     """Write the notebooks' pictures as SVG and PNG."""
     from grader.progress import Progress
@@ -608,7 +610,7 @@ def plot(
     progress = Progress()
     folder = Path(out) if out else setup.ROOT / "results" / "plots"
     with progress.phase("pictures"):
-        pictures = running.all_pictures(bench, sharing, grade or ())
+        pictures = running.all_pictures(bench, sharing, grade or (), exact)
         written = running.plot(pictures, folder, progress)
     progress.say(f"{folder}: {len(written)} files")
 

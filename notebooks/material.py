@@ -15,11 +15,13 @@ from grader.checks import Interval, interval
 from grader.compare import Comparison, Measure
 from grader.contributions import Contribution
 from grader.errors import UserError
+from grader.experiment import Costs
 from grader.sharing import read_transfers
 
 BENCH = recorded.BENCH.resolve()
 RECORDED = BENCH.parent
 SHARING = RECORDED / "sharing.json"
+EXACT = RECORDED / "exact.json"
 CLASS_LAB = "1-batching"
 CLASS = RECORDED / f"class-{CLASS_LAB}.csv"
 # Where servers are laid side by side; a bench may hold other cells, too.
@@ -124,6 +126,92 @@ class Bench:
             f"{said['host_cpus']} cores, commit {said['commit'] or 'unknown'}, {said['time']}; "
             f"{rounds} rounds"
         )
+
+
+@dataclass(frozen=True)
+class Cores:
+    """A bench in exact mode, for the pictures: messages of 64 bytes, as the vCPUs grow."""
+
+    path: Path
+    document: Mapping[str, Any]
+    lives: Mapping[int, Mapping[str, Mapping[int, Costs]]]
+    """By transactions per connection, server, and the server's vCPUs."""
+
+    def of(self, n: int, server: str) -> Mapping[int, Costs]:
+        """Return a server's costs by its vCPUs. Raises `Missing`."""
+        found = self.lives.get(n, {}).get(server)
+        if not found:
+            raise Missing(
+                f"{self.path} has not {server} {at_life(n)}, {SIZE} B",
+                f"invoke bench --exact --sharing --servers {server} --per-connection {n} "
+                "--smp 1,2,4,8,16, or name another result",
+            )
+        return found
+
+    def counts(self, n: int, server: str, name: str) -> list[tuple[float, float]]:
+        """Return (vCPUs, so many per transaction) of something that was counted."""
+        return [(vcpus, costs.calls[name]) for vcpus, costs in self.of(n, server).items()]
+
+    def instructions(self, n: int, server: str) -> list[tuple[float, float]]:
+        """Return (vCPUs, instructions per transaction), without the clock's interrupt."""
+        return [(vcpus, costs.work) for vcpus, costs in self.of(n, server).items()]
+
+    def cycles(self, n: int, server: str) -> list[tuple[float, float]]:
+        """Return (vCPUs, cycles of the model per transaction); waiting for locks is not in it."""
+        return [
+            (vcpus, model.cycles({**costs.calls, "instructions": costs.work}))
+            for vcpus, costs in self.of(n, server).items()
+        ]
+
+    def speed(self, n: int, server: str) -> list[tuple[float, float]]:
+        """Return (vCPUs, times the throughput of one), by the model's cycles."""
+        cycles = self.cycles(n, server)
+        return [(vcpus, vcpus * cycles[0][1] / each) for vcpus, each in cycles]
+
+    def gain(self, n: int, server: str, base: str) -> list[tuple[float, float]]:
+        """Return (vCPUs, times the throughput of `base`), by the model's cycles."""
+        mine = dict(self.cycles(n, server))
+        return [(vcpus, each / mine[vcpus]) for vcpus, each in self.cycles(n, base)]
+
+    def servers(self, n: int, *wanted: str) -> list[str]:
+        """Return which of these were measured on as many vCPUs as any."""
+        there = self.lives.get(n, {})
+        most = max(map(len, there.values()), default=0)
+        return [one for one in wanted if len(there.get(one, ())) == most]
+
+    @property
+    def vcpus(self) -> list[int]:
+        """The numbers of vCPUs, ascending."""
+        return sorted({v for life in self.lives.values() for one in life.values() for v in one})
+
+    @property
+    def about(self) -> str:
+        """What it was measured with, in one line."""
+        said, turn = self.document["environment"], self.document["identity"]["exact"]["turn"]
+        return (
+            f"{self.path.name}: {said['qemu'].partition(' (')[0]}, virtual time, turns of {turn} "
+            f"ticks, commit {said['commit'] or 'unknown'}, {said['time']}"
+        )
+
+
+def cores(result: Path | str = EXACT) -> Cores:
+    """Read a result of ``invoke bench --exact --sharing``. Raises `UserError`."""
+    path = Path(result)
+    document, found = samples.read(path)
+    exact = document["identity"].get("exact")
+    if not exact or not exact["sharing"]:
+        raise Missing(
+            f"{path} was not measured in exact mode, with the lines that move",
+            "invoke bench --exact --sharing --smp 1,2,4,8,16",
+        )
+    lives: dict[int, dict[str, dict[int, Costs]]] = {}
+    for sample in sorted(found, key=lambda one: one.cell.vcpus):
+        if sample.cell.size == SIZE:
+            servers = lives.setdefault(sample.cell.per_connection, {})
+            servers.setdefault(sample.server, {})[sample.cell.vcpus] = sample.costs
+    if not lives:
+        raise Missing(f"{path} has nothing of {SIZE} B", "name another result")
+    return Cores(path, document, lives)
 
 
 def life(n: float) -> str:

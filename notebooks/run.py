@@ -33,6 +33,7 @@ from grader.progress import Progress
 from notebooks import material, published
 from notebooks.material import Missing
 from notebooks.pictures import Picture
+from notebooks.pictures.cores import cores_pictures
 from notebooks.pictures.grades import class_pictures, grade_pictures
 from notebooks.pictures.labs import lab_pictures
 from notebooks.pictures.paper import paper_pictures
@@ -101,13 +102,17 @@ def plot(pictures: Iterable[Picture], out: Path, progress: Progress) -> list[Pat
     return written
 
 
-def all_pictures(bench: str = "", sharing: str = "", grades: Sequence[str] = ()) -> list[Picture]:
+def all_pictures(
+    bench: str = "", sharing: str = "", grades: Sequence[str] = (), exact: str = ""
+) -> list[Picture]:
     """Return the pictures of all notebooks, made of these result files.
 
     What is not named is the recorded one. Raises `UserError` for a file that is no result.
     """
     measured = material.bench(bench or material.BENCH, sharing)
-    found = paper_pictures(published.read(), measured)
+    papers = published.read()
+    found = paper_pictures(papers, measured)
+    found |= cores_pictures(papers, material.cores(exact or material.EXACT))
     for name in known_labs():
         found |= lab_pictures(name, measured)
     recorded = [str(material.recorded_grade(name, "starter")) for name in known_labs()]
