@@ -15,7 +15,7 @@ from grader import checks as judge
 from grader import exact
 from grader.checks import CheckResult
 from grader.errors import UsageError
-from grader.evidence import answered_elsewhere
+from grader.evidence import answered_elsewhere, not_received
 from grader.experiment import Compared, Costs, ExperimentFailed, Failure, slope
 from grader.lab import Check, Lab
 from grader.progress import Progress
@@ -80,7 +80,9 @@ def _judge(checks: Sequence[Check], found: Mapping[str, Costs | Failure]) -> lis
             reason = failure.reason if mine else f"the {name} fails here: {failure.reason}"
             return [judge.failed(check, verdict, reason) for check in checks]
     known = [costs["starter"], costs["solution"]]
-    if reason := answered_elsewhere(known, costs["submission"]):
+    reason = answered_elsewhere(known, costs["submission"])
+    reason = reason or not_received([one for (one,) in known], costs["submission"][0])
+    if reason:
         return [judge.failed(check, "fail", reason) for check in checks]
     compared = Compared(costs, {})
     results = [judge.reduction(check, *compared.samples(check.metric)) for check in checks]

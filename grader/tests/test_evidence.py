@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from grader.evidence import answered_elsewhere
+from grader.evidence import answered_elsewhere, not_received
 from grader.experiment import Compared, Costs
 
 
@@ -25,6 +25,17 @@ def test_work_that_is_not_the_servers_is_seen(user: tuple[float, ...]) -> None:
     reason = answered_elsewhere(REFERENCES, costs(*user))
     assert "fewer than 190" in reason
     assert "-" not in reason
+
+
+def received(packets: float) -> Costs:
+    return Costs(400, 20_000, 0, {"tcp_rcv": packets})
+
+
+@pytest.mark.parametrize(("packets", "found"), [(5.0, True), (4.6, True), (4.4, False), (0, False)])
+def test_transactions_without_packets_have_not_taken_place(packets: float, found: bool) -> None:
+    reason = not_received([received(5.0), received(5.2)], received(packets))
+    assert (reason == "") is found
+    assert found or "of 5.00" in reason
 
 
 def test_counts_without_instructions_say_nothing() -> None:

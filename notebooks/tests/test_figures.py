@@ -221,10 +221,23 @@ def test_what_a_result_lacks_is_named_and_the_rest_is_drawn(
     assert "not drawn, paper-fig1a" in capsys.readouterr().err
 
 
+def test_cores_are_read_from_exact_results_only(tmp_path: Path) -> None:
+    with pytest.raises(Missing, match="exact mode"):
+        material.cores(material.BENCH)
+    cores = material.cores()
+    assert cores.vcpus[0] == 1 and cores.vcpus == sorted(cores.vcpus)
+    speed = cores.speed(1, "BPL")
+    assert speed[0] == (1, 1.0) and 1 < speed[-1][1] <= speed[-1][0]
+    with pytest.raises(Missing, match="has not nobody") as caught:
+        cores.of(1, "nobody")
+    assert "invoke bench --exact --sharing --servers nobody" in caught.value.todo
+
+
 @pytest.mark.parametrize(
     ("read", "text"),
     [
         (material.bench, "no result of a bench"),
+        (material.cores, "no result of a bench"),
         (material.grade, "cannot be read"),
         (material.graded_class, "no summary of a class"),
         (run.read, "no notebook"),
