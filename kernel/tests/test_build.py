@@ -96,7 +96,7 @@ def test_the_kernel_that_was_built_has_the_measured_path(kernel: build.Kernel) -
 def test_each_patch_is_a_git_patch_that_says_why_a_module_cannot(path: Path) -> None:
     text = path.read_text()
     assert re.match(r"From [0-9a-f]{40} ", text)
-    assert re.search(r"^Subject: \[PATCH \d/\d\] \w+: ", text, re.M)
+    assert re.search(r"^Subject: \[PATCH \d/\d\] [\w/]+: ", text, re.M)
     assert re.search(r"\bmodule", text.split("\n---\n")[0])
     assert "Signed-off-by:" in text
 
