@@ -471,11 +471,16 @@ def bench(
     if show:
         document, found = samples.read(Path(show))
         if "exact" in document["identity"]:
+            from grader import contributions, scaling
             from grader import exact as virtual
 
-            virtual.report(found, module.wide_console())
-        else:
-            module.report(found, module.wide_console(), counts=counts)
+            console = module.wide_console()
+            virtual.report(found, console)
+            if model:
+                contributions.report(found, virtual.transfers(found), console, least=1)
+                scaling.report(found, console)
+            return
+        module.report(found, module.wide_console(), counts=counts)
         if model:
             from grader import contributions
             from grader.sharing import read_transfers

@@ -103,10 +103,16 @@ def paper_at(what: str, n: int) -> str:
 
 
 def report(
-    samples: Sequence[Sample], transfers: Mapping[Cell, Mapping[str, float]], console: Console
+    samples: Sequence[Sample],
+    transfers: Mapping[Cell, Mapping[str, float]],
+    console: Console,
+    least: int = 2,
 ) -> None:
-    """Print, for each cell, the model's cycles, what they hang on, and the contributions."""
-    for comparison in compare.compare(samples):
+    """Print, for each cell, the model's cycles, what they hang on, and the contributions.
+
+    `least`: rounds that a cell must have; one is enough of an exact result.
+    """
+    for comparison in compare.compare(samples, least):
         found = counts(comparison, transfers.get(comparison.cell))
         console.print(cycles_table(comparison.cell, found))
         console.print(_sensitivity(found))

@@ -252,7 +252,10 @@ def run(
     depends on it.
     """
     if max(grid.vcpus) > MAX_SERVERS:
-        raise UsageError(f"--smp: at most {MAX_SERVERS} in exact mode, and as many for clients", "")
+        raise UsageError(
+            f"--smp: in exact mode a server has at most {MAX_SERVERS}, for clients have as many",
+            f"leave out what is above {MAX_SERVERS}",
+        )
     progress = Progress()
     built = build_solution(lab, progress)
     made = image(built)
@@ -306,6 +309,15 @@ def _measure_all(
             gone += weight[running[done]]
             left = (time.monotonic() - begin) * (whole - gone) / gone
             progress.update(f"{number} of {len(wanted)}, about {duration(left)} left")
+
+
+def transfers(found: Sequence[Sample]) -> dict[Cell, dict[str, float]]:
+    """Return each server's transfers per transaction by cell, where they were counted."""
+    moved: dict[Cell, dict[str, float]] = {}
+    for sample in found:
+        if TRANSFERS in sample.short.calls:
+            moved.setdefault(sample.cell, {})[sample.server] = sample.costs.calls[TRANSFERS]
+    return moved
 
 
 def report(found: Sequence[Sample], console: Console) -> None:

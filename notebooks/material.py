@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grader import compare, contributions, model, recorded, report, samples
+from grader import compare, contributions, model, recorded, report, samples, scaling
 from grader.checks import Interval, interval
 from grader.compare import Comparison, Measure
 from grader.contributions import Contribution
@@ -156,22 +156,13 @@ class Cores:
         """Return (vCPUs, instructions per transaction), without the clock's interrupt."""
         return [(vcpus, costs.work) for vcpus, costs in self.of(n, server).items()]
 
-    def cycles(self, n: int, server: str) -> list[tuple[float, float]]:
-        """Return (vCPUs, cycles of the model per transaction); waiting for locks is not in it."""
-        return [
-            (vcpus, model.cycles({**costs.calls, "instructions": costs.work}))
-            for vcpus, costs in self.of(n, server).items()
-        ]
-
     def speed(self, n: int, server: str) -> list[tuple[float, float]]:
         """Return (vCPUs, times the throughput of one), by the model's cycles."""
-        cycles = self.cycles(n, server)
-        return [(vcpus, vcpus * cycles[0][1] / each) for vcpus, each in cycles]
+        return list(scaling.speed(self.of(n, server)))
 
     def gain(self, n: int, server: str, base: str) -> list[tuple[float, float]]:
         """Return (vCPUs, times the throughput of `base`), by the model's cycles."""
-        mine = dict(self.cycles(n, server))
-        return [(vcpus, each / mine[vcpus]) for vcpus, each in self.cycles(n, base)]
+        return list(scaling.gain(self.of(n, server), self.of(n, base)))
 
     def servers(self, n: int, *wanted: str) -> list[str]:
         """Return which of these were measured on as many vCPUs as any."""
@@ -204,11 +195,7 @@ def cores(result: Path | str = EXACT) -> Cores:
             f"{path} was not measured in exact mode, with the lines that move",
             "invoke bench --exact --sharing --smp 1,2,4,8,16",
         )
-    lives: dict[int, dict[str, dict[int, Costs]]] = {}
-    for sample in sorted(found, key=lambda one: one.cell.vcpus):
-        if sample.cell.size == SIZE:
-            servers = lives.setdefault(sample.cell.per_connection, {})
-            servers.setdefault(sample.server, {})[sample.cell.vcpus] = sample.costs
+    lives = {n: servers for (n, size), servers in scaling.grown(found).items() if size == SIZE}
     if not lives:
         raise Missing(f"{path} has nothing of {SIZE} B", "name another result")
     return Cores(path, document, lives)
