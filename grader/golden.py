@@ -41,7 +41,7 @@ LEAST_INSTRUCTIONS, LEAST_SHARE = 0.9, 0.01
 # Or when a transaction calls it so much more often. What not even every second transaction calls is
 # the scheduler's, the allocator's, or done for many at a time: it goes with the moment, and of it
 # only the sum is compared.
-LEAST_CALLS, OFTEN = 0.1, 0.5
+LEAST_CALLS, OFTEN = 0.25, 0.5
 ALL = "all functions together"
 
 
