@@ -83,8 +83,7 @@ def _counts_learned(_: Published, cores: Cores) -> str:
 
 
 def _model(published: Published, cores: Cores) -> Figure:
-    most = float(cores.vcpus[-1])
-    ideal = curve("ideal", [(1.0, 1.0), (most, most)], "plain")
+    ideal = curve("ideal", [(float(vcpus), float(vcpus)) for vcpus in cores.vcpus], "plain")
     gained = published.gain("fig1c", "megapipe", "baseline", "million_transactions_per_s")
     speeds = [
         curve(server, cores.speed(SHORT, server), server)
