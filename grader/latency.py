@@ -130,7 +130,8 @@ def report(rows: Sequence[Row], console: Console) -> None:
     for load in dict.fromkeys(row.connections for row in rows):
         table = Table(
             box=box.SIMPLE_HEAD,
-            title=f"{load} connections, {SIZE} B, one vCPU; virtual microseconds",
+            title=f"{load} connection{'s' if load > 1 else ''}, {SIZE} B, one vCPU; "
+            "virtual microseconds",
             title_justify="left",
         )
         table.add_column("threshold", justify="right")
