@@ -475,7 +475,7 @@ def bench(
             from grader import exact as virtual
 
             console = module.wide_console()
-            virtual.report(found, console)
+            virtual.report(found, console, counts=counts)
             if model:
                 contributions.report(found, virtual.transfers(found), console, least=1)
                 scaling.report(found, console)

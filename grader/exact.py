@@ -152,6 +152,18 @@ class Reading:
     transfers: Transfers | None
 
 
+@contextmanager
+def playing(station: Station) -> Iterator[None]:
+    """Start a station with a script, and end it; a guest that is lost is `ExperimentFailed`."""
+    try:
+        station.start()
+        yield
+    except MachineError as error:
+        raise ExperimentFailed(machine_failure(error)) from None
+    finally:
+        station.close()
+
+
 def measure(
     built: Built,
     made: Image,
@@ -173,17 +185,11 @@ def measure(
         script=script(server, load, vcpus, setting, made),
     )
     lengths = windows(load)
-    try:
-        station.start()
+    with playing(station):
         readings = [_read(station) for _ in station.marks(len(lengths), stop)]
         with station:
-            said = station.machine.run(OUTCOME).text
+            check(station.machine.run(OUTCOME).text, vcpus)
             functions = station.sharing.functions() if setting.sharing else []
-    except MachineError as error:
-        raise ExperimentFailed(machine_failure(error)) from None
-    finally:
-        station.close()
-    check(said, vcpus)
     short, long = (
         _window(length, before, after, vcpus, functions)
         for length, before, after in zip(lengths[1:], readings, readings[1:], strict=False)
@@ -320,10 +326,12 @@ def transfers(found: Sequence[Sample]) -> dict[Cell, dict[str, float]]:
     return moved
 
 
-def report(found: Sequence[Sample], console: Console) -> None:
-    """Print a table for each life of a connection and size: the servers, as their CPUs grow."""
+def report(found: Sequence[Sample], console: Console, *, counts: bool = False) -> None:
+    """Print a table for each cell, and with `counts` one of everything that the probe counts."""
     for comparison in compare.compare(found, least=1):
         console.print(_table(comparison))
+        if counts:
+            console.print(bench.counts_table(comparison))
     console.print(
         "Counted on the server's vCPUs, in virtual time: the same in each run. instructions are "
         "those without the clock's interrupt (clock). tax: what is above the limit, in parts of "

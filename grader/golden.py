@@ -20,8 +20,7 @@ from grader import exact, results
 from grader.bench import SERVERS
 from grader.errors import UserError
 from grader.exact import Setting
-from grader.experiment import ExperimentFailed, machine_failure
-from grader.machine import CPU_MODEL, MachineError, qemu_version
+from grader.machine import CPU_MODEL, qemu_version
 from grader.probe import sources
 from grader.probe.sources import Site
 from grader.probe.stacks import StackReading
@@ -109,12 +108,11 @@ def measure(built: Built, server: str, per_connection: int, stop: threading.Even
     functions: list[sources.Function] = []
     for _ in range(2):
         station = Station(built, 2, memory_mib=exact.MEMORY_MIB, stacks=True, script=script)
-        try:
-            station.start()
+        with exact.playing(station):
             station.stacks.set_modules(functions)
             readings = [station.stacks.read() for _ in station.marks(len(lengths), stop)]
             with station:
-                said = station.machine.run(exact.OUTCOME).text
+                exact.check(station.machine.run(exact.OUTCOME).text, 1)
                 functions = [
                     function
                     for module in (built.module, built.limit)
@@ -122,11 +120,6 @@ def measure(built: Built, server: str, per_connection: int, stop: threading.Even
                         module.ko, module_sections(station.machine, module.ko.stem)
                     )
                 ]
-        except MachineError as error:
-            raise ExperimentFailed(machine_failure(error)) from None
-        finally:
-            station.close()
-        exact.check(said, 1)
     _, short, long = lengths
     return Road(server, per_connection, long - short, _slope(readings))
 

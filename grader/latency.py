@@ -22,10 +22,8 @@ from rich.table import Table
 
 from grader import bench, exact, results
 from grader.errors import UsageError
-from grader.experiment import ExperimentFailed, machine_failure
 from grader.lab import Lab, LoadShape
 from grader.load import Latency, summarize
-from grader.machine import MachineError
 from grader.progress import Progress
 from grader.station import Built, Station, build_solution
 from images.build import Image
@@ -69,17 +67,11 @@ def measure(
     )
     _, short, long = exact.windows(load)
     station = Station(built, 2, memory_mib=exact.MEMORY_MIB, script=script)
-    try:
-        station.start()
+    with exact.playing(station):
         readings = [station.probe.read() for _ in station.marks(3, stop)]
         with station:
-            said = station.machine.run(exact.OUTCOME).text
+            exact.check(station.machine.run(exact.OUTCOME).text, 1)
             samples = station.machine.run(f"cat {_SAMPLES}", cap=_MOST_BYTES).output
-    except MachineError as error:
-        raise ExperimentFailed(machine_failure(error)) from None
-    finally:
-        station.close()
-    exact.check(said, 1)
     latency = summarize(np.frombuffer(samples, "<u8")[-long:])
     assert latency is not None
     calls = [int(each.functions["syscalls"][0]) for each in readings]
