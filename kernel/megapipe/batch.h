@@ -63,7 +63,12 @@ static inline u32 mp_sq_waiting(const struct mp_channel *ch)
 }
 
 /* Copy the request @ahead places behind the next one; @ahead < mp_sq_waiting(). */
-void mp_sq_read(const struct mp_channel *ch, u32 ahead, struct mp_request *req);
+static inline void mp_sq_read(const struct mp_channel *ch, u32 ahead, struct mp_request *req)
+{
+	/* The user may still be writing to it: take one copy, use only that. */
+	*req = ch->sq[(ch->sq_head + ahead) & (ch->sq_entries - 1)];
+	barrier();
+}
 
 /*
  * Take the next @count requests out of the ring: their slots belong to the

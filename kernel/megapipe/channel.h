@@ -86,7 +86,8 @@ struct mp_channel {
 
 	/*
 	 * @lock guards @ready, @nr_ready and, in each handle, @armed, @link and
-	 * (while the handle is armed or on the list) @events.
+	 * (while the handle is armed or on the list) @events. The owner arms a
+	 * handle that is neither armed nor on the list without it.
 	 * It is taken by wake-up callbacks, under the lock of a wait queue and
 	 * with interrupts off, or under sk_callback_lock, and by jobs under their
 	 * own lock; nothing is nested inside it.
@@ -137,7 +138,6 @@ struct mp_handle {
 	__poll_t pending;
 	u32 accepts;			/* left of an accept; 0: a read is meant */
 	bool accept_light;
-	u8 writes;			/* of an lwsocket so far: 0, 1 or 2 for more */
 	u32 read_len;
 	u64 read_addr;
 	u32 read_moved;			/* bytes so far, of a file with a position */
@@ -165,12 +165,13 @@ struct mp_kind {
 	/* What poll() would say of @events, EPOLLERR and EPOLLHUP included. */
 	__poll_t (*events)(const struct mp_handle *h, __poll_t events);
 	/*
-	 * Move data without blocking. Bytes, a negative errno, -EAGAIN to be
-	 * called again after the event, or -EIOCBQUEUED: a job has it, see
-	 * job.c.
+	 * Move data without blocking: read to where the pending read wants it,
+	 * write what is left in @write.iter, which stays as it is. Bytes, a
+	 * negative errno, -EAGAIN to be called again after the event, or
+	 * -EIOCBQUEUED: a job has it, see job.c.
 	 */
-	ssize_t (*read)(struct mp_handle *h, struct iov_iter *to);
-	ssize_t (*write)(struct mp_handle *h, struct iov_iter *from);
+	ssize_t (*read)(struct mp_handle *h);
+	ssize_t (*write)(struct mp_handle *h);
 	/* A write goes on until all of it is moved (a stream). */
 	bool whole;
 	/*
@@ -179,6 +180,12 @@ struct mp_kind {
 	 */
 	bool offloads;
 };
+
+/* Where the pending read wants its bytes; mp_read() has looked at the address. */
+static __always_inline void mp_read_iter(const struct mp_handle *h, struct iov_iter *to)
+{
+	iov_iter_ubuf(to, ITER_DEST, u64_to_user_ptr(h->read_addr), h->read_len);
+}
 
 static inline struct mp_handle *mp_handle_find(const struct mp_channel *ch, u32 number)
 {
@@ -225,7 +232,6 @@ int mp_write(struct mp_handle *h, const struct mp_request *req);
 int mp_disconnect(struct mp_handle *h, const struct mp_request *req);
 int mp_convert(struct mp_handle *h, const struct mp_request *req);
 int mp_drop(struct mp_channel *ch, const struct mp_request *req);
-void mp_progress(struct mp_handle *h, __poll_t events);
 void mp_forget(struct mp_handle *h);
 void mp_lw_close(struct mp_channel *ch, struct socket *lw);
 void mp_lw_drop_all(struct mp_channel *ch);

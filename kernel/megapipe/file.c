@@ -38,10 +38,11 @@ static void mp_init_kiocb(struct kiocb *kiocb, struct file *file)
 		kiocb->ki_flags |= IOCB_NOWAIT;
 }
 
-static ssize_t mp_pollable_read(struct mp_handle *h, struct iov_iter *to)
+static ssize_t mp_pollable_read(struct mp_handle *h)
 {
 	struct file *file = h->file;
 	bool by_iter = file->f_op->read_iter;
+	struct iov_iter to;
 	struct kiocb kiocb;
 	loff_t pos = 0;
 
@@ -53,14 +54,16 @@ static ssize_t mp_pollable_read(struct mp_handle *h, struct iov_iter *to)
 		return -EOPNOTSUPP;
 	if (!by_iter)
 		return vfs_read(file, u64_to_user_ptr(h->read_addr), h->read_len, &pos);
+	mp_read_iter(h, &to);
 	mp_init_kiocb(&kiocb, file);
-	return vfs_iocb_iter_read(file, &kiocb, to);
+	return vfs_iocb_iter_read(file, &kiocb, &to);
 }
 
-static ssize_t mp_pollable_write(struct mp_handle *h, struct iov_iter *from)
+static ssize_t mp_pollable_write(struct mp_handle *h)
 {
 	struct file *file = h->file;
 	bool by_iter = file->f_op->write_iter;
+	struct iov_iter from = h->write.iter;
 	struct kiocb kiocb;
 	loff_t pos = 0;
 
@@ -74,9 +77,9 @@ static ssize_t mp_pollable_write(struct mp_handle *h, struct iov_iter *from)
 	if (vfs_poll(file, NULL) & EPOLLERR)
 		return -EPIPE;
 	if (!by_iter)
-		return vfs_write(file, iter_iov_addr(from), iter_iov_len(from), &pos);
+		return vfs_write(file, iter_iov_addr(&from), iter_iov_len(&from), &pos);
 	mp_init_kiocb(&kiocb, file);
-	return vfs_iocb_iter_write(file, &kiocb, from);
+	return vfs_iocb_iter_write(file, &kiocb, &from);
 }
 
 static const struct mp_kind mp_pollable_kind = {
@@ -100,11 +103,12 @@ static __poll_t mp_regular_events(const struct mp_handle *h, __poll_t events)
 	return now & events;
 }
 
-static ssize_t mp_regular_read(struct mp_handle *h, struct iov_iter *to)
+static ssize_t mp_regular_read(struct mp_handle *h)
 {
 	struct file *file = h->file;
 	loff_t *pos = h->read_pos >= 0 ? &h->read_pos : &h->pos;
 	ssize_t ret = -EAGAIN;
+	struct iov_iter to;
 	struct kiocb kiocb;
 
 	if (!(file->f_mode & FMODE_READ))
@@ -116,29 +120,32 @@ static ssize_t mp_regular_read(struct mp_handle *h, struct iov_iter *to)
 		/* What had been in memory counts, too. */
 		return h->read_moved ? h->read_moved + max(ret, 0) : ret;
 	}
+	mp_read_iter(h, &to);
 	if (file->f_mode & FMODE_NOWAIT) {
 		mp_init_kiocb(&kiocb, file);
 		kiocb.ki_pos = *pos;
-		ret = vfs_iocb_iter_read(file, &kiocb, to);
+		ret = vfs_iocb_iter_read(file, &kiocb, &to);
 		if (ret >= 0) {
 			*pos = kiocb.ki_pos;
 			h->read_moved = ret;
 			/* All of it, or the end of the file: no less would do for read(). */
-			if (!iov_iter_count(to) || !ret || *pos >= i_size_read(file->f_mapping->host))
+			if (!iov_iter_count(&to) || !ret ||
+			    *pos >= i_size_read(file->f_mapping->host))
 				return ret;
 		} else if (ret != -EAGAIN && ret != -EOPNOTSUPP) {
 			return ret;
 		}
 	}
-	ret = mp_job_start(h, to, *pos, false);
+	ret = mp_job_start(h, &to, *pos, false);
 	if (ret)
 		return h->read_moved ?: ret;
 	return -EIOCBQUEUED;
 }
 
-static ssize_t mp_regular_write(struct mp_handle *h, struct iov_iter *from)
+static ssize_t mp_regular_write(struct mp_handle *h)
 {
 	loff_t *pos = h->write_pos >= 0 ? &h->write_pos : &h->pos;
+	struct iov_iter from = h->write.iter;
 	int ret;
 
 	if (!(h->file->f_mode & FMODE_WRITE))
@@ -149,7 +156,7 @@ static ssize_t mp_regular_write(struct mp_handle *h, struct iov_iter *from)
 		return mp_job_take(&h->write_job, pos);
 	}
 	/* File systems take locks and reserve space: none promises not to wait. */
-	ret = mp_job_start(h, from, *pos, true);
+	ret = mp_job_start(h, &from, *pos, true);
 	return ret ?: -EIOCBQUEUED;
 }
 

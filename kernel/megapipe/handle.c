@@ -18,6 +18,7 @@
 #include "batch.h"
 #include "lwsocket.h"
 #include "partition.h"
+#include "tcp.h"
 
 static struct kmem_cache *mp_handle_cache;
 
@@ -47,12 +48,17 @@ static bool mp_handle_happened(struct mp_handle *h, __poll_t events)
 	struct mp_channel *ch = h->channel;
 	bool ready = false;
 	unsigned long flags;
+	__poll_t armed;
 
 	spin_lock_irqsave(&ch->lock, flags);
-	if (h->armed && (events & (h->armed | EPOLLERR | EPOLLHUP))) {
-		h->armed = 0;
+	/* What has happened is there before @armed is read. Pairs with mp_handle_wait(). */
+	smp_mb__after_spinlock();
+	armed = READ_ONCE(h->armed);
+	if (armed && (events & (armed | EPOLLERR | EPOLLHUP))) {
 		h->events = events;
 		mp_handle_enlist(h);
+		/* Release: who sees it disarmed sees it on the list. Pairs, likewise. */
+		smp_store_release(&h->armed, 0);
 		ready = true;
 	}
 	spin_unlock_irqrestore(&ch->lock, flags);
@@ -153,8 +159,23 @@ static void mp_watch_queue(struct file *file, wait_queue_head_t *head, poll_tabl
 	mp_wait_join(w, h, head);
 }
 
-/* Join the wait queues of the handle's file; 0 or a negative errno. */
-static int mp_handle_watch(struct mp_handle *h)
+/* Leave the wait queues: no callback runs any more, nor will. The handle stays ready if it is. */
+void mp_handle_unwait(struct mp_handle *h)
+{
+	if (h->watched) {
+		h->channel->lwsocket->unwatch(h->sock);
+		h->watched = false;
+	} else {
+		mp_wait_leave(&h->wait);
+		if (h->second)
+			mp_wait_leave(h->second);
+	}
+	/* No callback, nobody but the owner; what jobs finish has no callbacks (see file.c). */
+	h->armed = 0;
+}
+
+/* Join the wait queues of the handle's file, once; 0 or a negative errno. */
+static noinline int mp_handle_watch(struct mp_handle *h)
 {
 	struct mp_watch watch = { .handle = h };
 
@@ -172,24 +193,36 @@ static int mp_handle_watch(struct mp_handle *h)
 	vfs_poll(h->file, &watch.table);
 	if (!watch.error && !h->wait.head)
 		watch.error = -EOPNOTSUPP;
+	if (watch.error)
+		mp_handle_unwait(h);
 	return watch.error;
 }
 
-/* Leave the wait queues: no callback runs any more, nor will. */
-void mp_handle_unwait(struct mp_handle *h)
+/* Arm a handle that may be armed, or on the list, already. Returns whether it is armed. */
+static noinline bool mp_handle_arm_again(struct mp_handle *h, __poll_t events)
+{
+	struct mp_channel *ch = h->channel;
+	bool armed;
+
+	spin_lock_irq(&ch->lock);
+	armed = list_empty(&h->link);	/* else it will be run anyway */
+	if (armed)
+		h->armed = events;
+	spin_unlock_irq(&ch->lock);
+	return armed;
+}
+
+/* Put an armed handle on the list, because @events have happened already. */
+static noinline void mp_handle_is_ready(struct mp_handle *h, __poll_t events)
 {
 	struct mp_channel *ch = h->channel;
 
-	if (h->watched) {
-		ch->lwsocket->unwatch(h->sock);
-		h->watched = false;
-	} else {
-		mp_wait_leave(&h->wait);
-		if (h->second)
-			mp_wait_leave(h->second);
-	}
 	spin_lock_irq(&ch->lock);
-	h->armed = 0;
+	if (h->armed) {			/* else the callback was faster */
+		h->armed = 0;
+		h->events = events;
+		mp_handle_enlist(h);
+	}
 	spin_unlock_irq(&ch->lock);
 }
 
@@ -202,36 +235,29 @@ void mp_handle_unwait(struct mp_handle *h)
  */
 int mp_handle_wait(struct mp_handle *h, __poll_t events)
 {
-	struct mp_channel *ch = h->channel;
 	__poll_t now;
 	int ret;
 
-	spin_lock_irq(&ch->lock);
-	if (!list_empty(&h->link)) {	/* it will be run anyway */
-		spin_unlock_irq(&ch->lock);
+	/*
+	 * Only the owner arms, so that one which is neither armed nor on the
+	 * list stays so, and is armed without the lock. Acquire: a callback that
+	 * has just disarmed it has put it on the list before.
+	 */
+	if (likely(!smp_load_acquire(&h->armed) && list_empty(&h->link)))
+		WRITE_ONCE(h->armed, events);
+	else if (!mp_handle_arm_again(h, events))
 		return 0;
-	}
-	h->armed = events;
-	spin_unlock_irq(&ch->lock);
 
-	if (unlikely(!READ_ONCE(h->wait.head)) && !h->watched && !h->kind->offloads) {
+	if (unlikely(!h->watched && !READ_ONCE(h->wait.head) && !h->kind->offloads)) {
 		ret = mp_handle_watch(h);
-		if (ret) {
-			mp_handle_unwait(h);
+		if (ret)
 			return ret;
-		}
 	}
-	now = h->kind->events(h, events);
-	if (!now)
-		return 0;
-
-	spin_lock_irq(&ch->lock);
-	if (h->armed) {			/* else the callback was faster */
-		h->armed = 0;
-		h->events = now;
-		mp_handle_enlist(h);
-	}
-	spin_unlock_irq(&ch->lock);
+	/* Armed before the file is asked. Pairs with the barrier in mp_handle_happened(). */
+	smp_mb();
+	now = mp_events_of(h, events);
+	if (unlikely(now))
+		mp_handle_is_ready(h, now);
 	return 0;
 }
 
@@ -327,14 +353,16 @@ static void mp_handle_free(struct mp_handle *h)
 	/* First the jobs: one that ends now would put the handle on the list. */
 	mp_forget(h);
 	mp_handle_unwait(h);
-	kfree(h->second);
+	if (unlikely(h->second))
+		kfree(h->second);
 
-	spin_lock_irq(&ch->lock);
+	/* Nobody but us can put it on the list any more, or take it off. */
 	if (!list_empty(&h->link)) {
+		spin_lock_irq(&ch->lock);
 		list_del_init(&h->link);
 		ch->nr_ready--;
+		spin_unlock_irq(&ch->lock);
 	}
-	spin_unlock_irq(&ch->lock);
 
 	/*
 	 * This handle may have been told of a connection that it will now not
@@ -396,16 +424,4 @@ struct mp_handle *mp_ready_pop(struct mp_channel *ch)
 	}
 	spin_unlock_irq(&ch->lock);
 	return h;
-}
-
-void mp_run(struct mp_handle *h)
-{
-	__poll_t events;
-
-	if (!list_empty(&h->link))	/* still linked in the caller's batch */
-		list_del_init(&h->link);
-	/* Disarmed, off the list: the callback leaves @events alone. */
-	events = h->events;
-	h->events = 0;
-	mp_progress(h, events);
 }

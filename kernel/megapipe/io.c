@@ -16,6 +16,7 @@
 #include "batch.h"
 #include "lwsocket.h"
 #include "partition.h"
+#include "tcp.h"
 
 static __always_inline void mp_complete(struct mp_handle *h, struct mp_completion c)
 {
@@ -29,10 +30,19 @@ static bool mp_socket_listens(const struct socket *sock)
 	return READ_ONCE(sock->sk->sk_state) == TCP_LISTEN;
 }
 
+/* There is something to free after writev only. */
+static __always_inline void mp_write_free(struct mp_write *w)
+{
+	if (unlikely(w->iov)) {
+		kfree(w->iov);
+		w->iov = NULL;
+	}
+}
+
 /* --- what is not done yet ---------------------------------------------------------- */
 
 /* It cannot be waited for: the operations end with the reason, as far as there is room. */
-static bool mp_give_up(struct mp_handle *h, int error)
+static noinline bool mp_give_up(struct mp_handle *h, int error)
 {
 	if (h->pending & EPOLLIN) {
 		struct mp_completion c = {
@@ -55,8 +65,7 @@ static bool mp_give_up(struct mp_handle *h, int error)
 
 		if (!mp_cq_room(h->channel))
 			return false;
-		kfree(h->write.iov);
-		h->write.iov = NULL;
+		mp_write_free(&h->write);
 		h->pending &= ~EPOLLOUT;
 		mp_complete(h, c);
 	}
@@ -64,18 +73,18 @@ static bool mp_give_up(struct mp_handle *h, int error)
 }
 
 /* After a try: wait for what is still pending. @room: the ring had some for it. */
-static void mp_settle(struct mp_handle *h, bool room)
+static __always_inline void mp_settle(struct mp_handle *h, bool room)
 {
 	int ret;
 
 	if (!h->pending)
 		return;
-	if (room) {
+	if (likely(room)) {
 		ret = mp_handle_wait(h, h->pending);
 		if (unlikely(ret))
 			room = mp_give_up(h, ret);
 	}
-	if (!room)
+	if (unlikely(!room))
 		mp_handle_make_ready(h, h->pending);
 }
 
@@ -312,6 +321,16 @@ static int mp_accept_fd(struct mp_handle *h)
 	return fd;
 }
 
+/*
+ * What has been charged to the memory cgroup for the packets of a connection stays
+ * charged until it ends, up to @bytes. Otherwise each packet is charged when it comes,
+ * and given back when it goes.
+ */
+static void mp_lw_keep_charged(struct sock *sk, u32 bytes)
+{
+	WRITE_ONCE(sk->sk_reserved_mem, bytes);
+}
+
 static int mp_accept_light(struct mp_handle *h)
 {
 	struct mp_channel *ch = h->channel;
@@ -332,6 +351,7 @@ static int mp_accept_light(struct mp_handle *h)
 		mp_lw_slot_put(ch, slot);
 		return ret;
 	}
+	mp_lw_keep_charged(lw->sk, PAGE_SIZE);
 	ch->lw_slots[slot].sock = lw;
 	return MP_LWSOCKET_BASE + slot;
 }
@@ -413,14 +433,11 @@ static void mp_read_done(struct mp_handle *h, ssize_t result)
 
 static bool mp_try_read(struct mp_handle *h)
 {
-	struct iov_iter to;
 	ssize_t ret;
 
 	if (!mp_cq_room(h->channel))
 		return false;
-	/* mp_read() has looked at the address. */
-	iov_iter_ubuf(&to, ITER_DEST, u64_to_user_ptr(h->read_addr), h->read_len);
-	ret = h->kind->read(h, &to);
+	ret = h->kind->read(h);
 	if (ret != -EAGAIN && ret != -EIOCBQUEUED)
 		mp_read_done(h, ret);
 	return true;
@@ -461,21 +478,12 @@ int mp_read(struct mp_handle *h, const struct mp_request *req)
 	h->read_len = len;
 	h->read_moved = 0;
 	h->read_pos = pos;
-	mp_settle(h, mp_try_read(h));
+	/* As a rule nothing has come yet. */
+	mp_settle(h, (h->light && !mp_events_of(h, EPOLLIN)) || mp_try_read(h));
 	return 0;
 }
 
 /* --- write ------------------------------------------------------------------- */
-
-/*
- * Set memory aside for a packet each way, charged to the memory cgroup of the
- * connection. Otherwise every packet has its page charged when it comes, and given
- * back when it goes. Without, it is only slower: a failure is none.
- */
-static void mp_lw_reserve(struct socket *sock, int bytes)
-{
-	sock_setsockopt(sock, SOL_SOCKET, SO_RESERVE_MEM, KERNEL_SOCKPTR(&bytes), sizeof(bytes));
-}
 
 static bool mp_try_write(struct mp_handle *h)
 {
@@ -486,35 +494,55 @@ static bool mp_try_write(struct mp_handle *h)
 	if (!mp_cq_room(h->channel))
 		return false;
 	while (iov_iter_count(&w->iter) || !h->kind->whole) {
-		struct iov_iter from = w->iter;
-
-		ret = h->kind->write(h, &from);
+		ret = h->kind->write(h);
 		if (ret == -EAGAIN || ret == -EIOCBQUEUED)
 			return true;
 		if (ret < 0)
 			break;
-		iov_iter_advance(&w->iter, ret);
 		w->moved += ret;
-		if (!ret || !h->kind->whole)
+		/* All of it, as a rule, or nothing more will go. */
+		if (ret == iov_iter_count(&w->iter) || !ret || !h->kind->whole)
 			break;
+		iov_iter_advance(&w->iter, ret);
 	}
 	c.result = w->moved;
 	if (ret < 0 && w->moved)
 		c.error = ret;
 	else if (ret < 0)
 		c.result = ret;
-	kfree(w->iov);
-	w->iov = NULL;
+	mp_write_free(w);
 	h->pending &= ~EPOLLOUT;
 	mp_complete(h, c);
 	return true;
 }
 
+/* Copy the list of buffers; 0 or a negative errno. */
+static noinline int mp_import_vector(struct mp_write *w, const struct mp_request *req)
+{
+	struct iovec *iov;
+	ssize_t ret;
+
+	if (req->len > UIO_MAXIOV)
+		return -EINVAL;
+	/*
+	 * Neither the stack's, because the write may outlive this call,
+	 * nor import_iovec()'s own, which nobody is charged for.
+	 */
+	w->iov = kmalloc_array(max(req->len, 1U), sizeof(*iov), GFP_KERNEL_ACCOUNT);
+	if (!w->iov)
+		return -ENOMEM;
+	iov = w->iov;
+	ret = import_iovec(ITER_SOURCE, u64_to_user_ptr(req->addr), req->len, req->len, &iov,
+			   &w->iter);
+	if (ret < 0)
+		mp_write_free(w);
+	return min(ret, 0);
+}
+
 int mp_write(struct mp_handle *h, const struct mp_request *req)
 {
 	struct mp_write *w = &h->write;
-	void __user *addr = u64_to_user_ptr(req->addr);
-	struct iovec *iov;
+	u32 len = min_t(u32, req->len, MAX_RW_COUNT);
 	loff_t pos;
 	int ret;
 
@@ -525,29 +553,15 @@ int mp_write(struct mp_handle *h, const struct mp_request *req)
 		return ret;
 	if (h->pending & EPOLLOUT)
 		return -EBUSY;
-	if (req->op == MP_OP_WRITE) {
-		ret = import_ubuf(ITER_SOURCE, addr, req->len, &w->iter);
+	if (likely(req->op == MP_OP_WRITE)) {
+		if (!access_ok(u64_to_user_ptr(req->addr), len))
+			return -EFAULT;
+		iov_iter_ubuf(&w->iter, ITER_SOURCE, u64_to_user_ptr(req->addr), len);
 	} else {
-		if (req->len > UIO_MAXIOV)
-			return -EINVAL;
-		/*
-		 * Neither the stack's, because the write may outlive this call,
-		 * nor import_iovec()'s own, which nobody is charged for.
-		 */
-		w->iov = kmalloc_array(max(req->len, 1U), sizeof(*iov), GFP_KERNEL_ACCOUNT);
-		if (!w->iov)
-			return -ENOMEM;
-		iov = w->iov;
-		ret = import_iovec(ITER_SOURCE, addr, req->len, req->len, &iov, &w->iter);
+		ret = mp_import_vector(w, req);
+		if (ret)
+			return ret;
 	}
-	if (ret < 0) {
-		kfree(w->iov);
-		w->iov = NULL;
-		return ret;
-	}
-	/* A connection that is written to again will go on. */
-	if (h->light && h->writes < 2 && ++h->writes == 2)
-		mp_lw_reserve(h->sock, PAGE_SIZE);
 	w->op = req->op;
 	w->moved = 0;
 	h->write_pos = pos;
@@ -593,7 +607,7 @@ int mp_convert(struct mp_handle *h, const struct mp_request *req)
 		h->file = file;
 		h->sock = sock_from_file(file);
 		/* As any other from here on. */
-		mp_lw_reserve(h->sock, 0);
+		mp_lw_keep_charged(h->sock->sk, 0);
 		fd_install(fd, get_file(file));
 		c.result = fd;
 	}
@@ -605,11 +619,17 @@ int mp_convert(struct mp_handle *h, const struct mp_request *req)
 
 /* --- going on ----------------------------------------------------------------------- */
 
-/* Try what is pending, as far as @events concern it; wait for the rest. */
-void mp_progress(struct mp_handle *h, __poll_t events)
+void mp_run(struct mp_handle *h)
 {
+	__poll_t events;
 	bool room = true;
 
+	if (!list_empty(&h->link))	/* still linked in the caller's batch */
+		list_del_init(&h->link);
+	/* Disarmed, off the list: the callback leaves @events alone. */
+	events = h->events;
+	h->events = 0;
+	/* Try what is pending, as far as they concern it; wait for the rest. */
 	if (events & (EPOLLERR | EPOLLHUP))
 		events |= EPOLLIN | EPOLLOUT;
 	if (events & EPOLLRDHUP)
@@ -626,9 +646,9 @@ void mp_forget(struct mp_handle *h)
 {
 	if (h->read_job)
 		mp_job_forget(&h->read_job, NULL);
-	if (h->write_job)
+	if (h->write_job) {
 		mp_job_forget(&h->write_job, h->write.iov);
-	else
-		kfree(h->write.iov);
-	h->write.iov = NULL;
+		h->write.iov = NULL;
+	}
+	mp_write_free(&h->write);
 }

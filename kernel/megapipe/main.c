@@ -95,17 +95,22 @@ static u64 mp_cookie_of(struct mp_channel *ch, const struct mp_request *req)
 	return req->flags & MP_AT_OFFSET ? 0 : req->cookie;
 }
 
+static noinline void mp_fail(struct mp_channel *ch, const struct mp_request *req, int error)
+{
+	mp_post(ch, (struct mp_completion){
+		.op = req->op,
+		.handle = req->handle,
+		.result = error,
+		.cookie = mp_cookie_of(ch, req),
+	});
+}
+
 void mp_execute(struct mp_channel *ch, const struct mp_request *req)
 {
 	int ret = mp_try_execute(ch, req);
 
 	if (unlikely(ret < 0))
-		mp_post(ch, (struct mp_completion){
-			.op = req->op,
-			.handle = req->handle,
-			.result = ret,
-			.cookie = mp_cookie_of(ch, req),
-		});
+		mp_fail(ch, req, ret);
 }
 
 /* --- crossing ----------------------------------------------------------------- */

@@ -102,13 +102,6 @@ int mp_ring_check(struct mp_channel *ch)
 	return 0;
 }
 
-void mp_sq_read(const struct mp_channel *ch, u32 ahead, struct mp_request *req)
-{
-	/* The user may still be writing to it: take one copy, use only that. */
-	memcpy(req, &ch->sq[(ch->sq_head + ahead) & (ch->sq_entries - 1)], sizeof(*req));
-	barrier();
-}
-
 void mp_sq_advance(struct mp_channel *ch, u32 count)
 {
 	if (WARN_ON_ONCE(count > mp_sq_waiting(ch)))

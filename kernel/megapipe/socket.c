@@ -2,12 +2,14 @@
 /*
  * MegaPipe: the kinds of sockets. What they all do is in io.c.
  */
+#include <linux/indirect_call_wrapper.h>
 #include <linux/net.h>
-#include <linux/tcp.h>
 #include <linux/un.h>
 #include <net/inet_connection_sock.h>
+#include <net/tcp.h>
 
 #include "batch.h"
+#include "tcp.h"
 
 static bool mp_socket_is_tcp(const struct socket *sock)
 {
@@ -28,47 +30,36 @@ static __poll_t mp_socket_poll(const struct mp_handle *h, __poll_t events)
 	return now & (events | EPOLLERR | EPOLLHUP);
 }
 
-/*
- * What poll() would say of a TCP socket, at a fraction of its cost. As with
- * poll(), nothing is lost if the caller has armed the handle before.
- */
 static __poll_t mp_tcp_events(const struct mp_handle *h, __poll_t events)
 {
 	const struct sock *sk = h->sock->sk;
 	__poll_t now = 0;
 
-	/*
-	 * Rare: writers, because asking makes the socket call back, and layers on
-	 * top of TCP (TLS, BPF), which keep what they have to read elsewhere.
-	 */
-	if (events & EPOLLOUT || READ_ONCE(sk->sk_prot)->sock_is_readable)
+	/* Rare: writers, because asking makes the socket call back. */
+	if (events & EPOLLOUT || mp_tcp_is_layered(sk))
 		return mp_socket_poll(h, events);
-	if (h->accepts) {
-		if (!reqsk_queue_empty(&inet_csk(sk)->icsk_accept_queue) ||
-		    inet_sk_state_load(sk) != TCP_LISTEN)
-			now |= EPOLLIN;
-	} else if (!skb_queue_empty_lockless(&sk->sk_receive_queue) ||
-		   READ_ONCE(sk->sk_shutdown) & RCV_SHUTDOWN ||
-		   inet_sk_state_load(sk) == TCP_CLOSE) {
+	if (!h->accepts)
+		return mp_tcp_input(sk);
+	if (!reqsk_queue_empty(&inet_csk(sk)->icsk_accept_queue) ||
+	    inet_sk_state_load(sk) != TCP_LISTEN)
 		now |= EPOLLIN;
-	}
-	/* Not what is on the error queue, as above. */
 	if (READ_ONCE(sk->sk_err))
 		now |= EPOLLERR;
 	return now;
 }
 
-static ssize_t mp_socket_read(struct mp_handle *h, struct iov_iter *to)
+static ssize_t mp_socket_read(struct mp_handle *h)
 {
-	struct msghdr msg = { .msg_iter = *to };
+	struct msghdr msg = {};
 
+	mp_read_iter(h, &msg.msg_iter);
 	return sock_recvmsg(h->sock, &msg, MSG_DONTWAIT);
 }
 
-static ssize_t mp_socket_write(struct mp_handle *h, struct iov_iter *from)
+static ssize_t mp_socket_write(struct mp_handle *h)
 {
 	struct msghdr msg = {
-		.msg_iter = *from,
+		.msg_iter = h->write.iter,
 		.msg_flags = MSG_DONTWAIT | MSG_NOSIGNAL,
 	};
 
@@ -80,43 +71,46 @@ static ssize_t mp_socket_write(struct mp_handle *h, struct iov_iter *from)
  * so the security module is asked at each use. An lwsocket never leaves the
  * channel, whose owner was asked when it was accepted: it goes straight to TCP.
  */
-static ssize_t mp_tcp_receive(struct mp_handle *h, struct iov_iter *to)
+static ssize_t mp_tcp_receive(struct mp_handle *h)
 {
-	struct msghdr msg = { .msg_iter = *to };
 	struct sock *sk = h->sock->sk;
+	struct msghdr msg = {};
 	int unused = 0;		/* length of the peer's address, which nobody wants */
 
-	if (!h->light)
-		return mp_socket_read(h, to);
-	return READ_ONCE(sk->sk_prot)->recvmsg(sk, &msg, iov_iter_count(to), MSG_DONTWAIT,
-					       &unused);
+	mp_read_iter(h, &msg.msg_iter);
+	return READ_ONCE(sk->sk_prot)->recvmsg(sk, &msg, h->read_len, MSG_DONTWAIT, &unused);
 }
 
-static ssize_t mp_tcp_write(struct mp_handle *h, struct iov_iter *from)
+static ssize_t mp_tcp_read(struct mp_handle *h)
+{
+	struct sock *sk = h->sock->sk;
+
+	/*
+	 * A receive that finds nothing costs more than to look whether it would. Nobody
+	 * else reads from an lwsocket: there is something, or nobody would ask.
+	 */
+	if (!h->light && !mp_tcp_events(h, EPOLLIN))
+		return -EAGAIN;
+	/* All over: what is left is to say why. Nothing can arrive any more. */
+	if (unlikely(inet_sk_state_load(sk) == TCP_CLOSE) && READ_ONCE(sk->sk_err) &&
+	    skb_queue_empty_lockless(&sk->sk_receive_queue) && !mp_tcp_is_layered(sk))
+		return sock_error(sk) ?: -EAGAIN;
+	return h->light ? mp_tcp_receive(h) : mp_socket_read(h);
+}
+
+static ssize_t mp_tcp_write(struct mp_handle *h)
 {
 	struct msghdr msg = {
-		.msg_iter = *from,
+		.msg_iter = h->write.iter,
 		.msg_flags = MSG_DONTWAIT | MSG_NOSIGNAL,
 	};
 	struct sock *sk = h->sock->sk;
 
 	if (!h->light)
-		return mp_socket_write(h, from);
-	return READ_ONCE(sk->sk_prot)->sendmsg(sk, &msg, iov_iter_count(from));
-}
-
-static ssize_t mp_tcp_read(struct mp_handle *h, struct iov_iter *to)
-{
-	struct sock *sk = h->sock->sk;
-
-	/* A receive that finds nothing costs more than to look whether it would. */
-	if (!mp_tcp_events(h, EPOLLIN))
-		return -EAGAIN;
-	/* All over: what is left is to say why. Nothing can arrive any more. */
-	if (inet_sk_state_load(sk) == TCP_CLOSE && skb_queue_empty_lockless(&sk->sk_receive_queue) &&
-	    READ_ONCE(sk->sk_err) && !READ_ONCE(sk->sk_prot)->sock_is_readable)
-		return sock_error(sk) ?: -EAGAIN;
-	return mp_tcp_receive(h, to);
+		return mp_socket_write(h);
+	/* Not by way of the pointer, as long as nobody has put a layer on top. */
+	return INDIRECT_CALL_1(READ_ONCE(sk->sk_prot)->sendmsg, tcp_sendmsg,
+			       sk, &msg, iov_iter_count(&h->write.iter));
 }
 
 const struct mp_kind mp_tcp_kind = {

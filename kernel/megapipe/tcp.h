@@ -1,0 +1,42 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * MegaPipe: what poll() would say of a TCP socket, at a fraction of its cost. As
+ * with poll(), nothing is lost if the caller has armed the handle before.
+ */
+#ifndef MEGAPIPE_TCP_H
+#define MEGAPIPE_TCP_H
+
+#include <linux/tcp.h>
+#include <net/inet_connection_sock.h>
+
+#include "channel.h"
+
+/* Does a layer on top of TCP (TLS, BPF) keep what there is to read elsewhere? Rare. */
+static __always_inline bool mp_tcp_is_layered(const struct sock *sk)
+{
+	return READ_ONCE(sk->sk_prot)->sock_is_readable;
+}
+
+/* EPOLLIN and EPOLLERR of a connection that is not layered. */
+static __always_inline __poll_t mp_tcp_input(const struct sock *sk)
+{
+	__poll_t now = 0;
+
+	if (!skb_queue_empty_lockless(&sk->sk_receive_queue) ||
+	    READ_ONCE(sk->sk_shutdown) & RCV_SHUTDOWN || inet_sk_state_load(sk) == TCP_CLOSE)
+		now |= EPOLLIN;
+	/* Not what is on the error queue (time stamps, say), which is not for an operation. */
+	if (READ_ONCE(sk->sk_err))
+		now |= EPOLLERR;
+	return now;
+}
+
+/* What poll() would say of @events, EPOLLERR and EPOLLHUP included. */
+static __always_inline __poll_t mp_events_of(const struct mp_handle *h, __poll_t events)
+{
+	if (h->light && events == EPOLLIN && likely(!mp_tcp_is_layered(h->sock->sk)))
+		return mp_tcp_input(h->sock->sk);
+	return h->kind->events(h, events);
+}
+
+#endif
