@@ -7,6 +7,9 @@ but /dev/null. Time, memory, disk, processes and what it prints are limited. For
 and for root alike it has no capability, and where root starts it, it is another user besides.
 
 However this process ends, the other one ends, too, and leaves nothing.
+
+In a container that is thrown away (`grader.container`) it is a process like any other: of another
+user if this is root, under the same limits, in a folder of its own.
 """
 
 from __future__ import annotations
@@ -17,16 +20,19 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from grader import cache, limits
+import psutil
+
+from grader import cache, container, limits
 from grader.errors import UserError
 
 # Where the writable folder lies inside; the same everywhere, so that what is built repeats.
@@ -127,9 +133,6 @@ def run(
     Raises `Unavailable` if this machine has no place to run it in.
     """
     allowed = allowed or Limits()
-    bwrap = shutil.which("bwrap")
-    if bwrap is None:
-        raise Unavailable("bwrap is missing", "Debian: apt install bubblewrap")
     with ExitStack() as stack:
         # Files without names: nothing is left of them, and what the run writes into them is
         # limited as all of its files are.
@@ -137,40 +140,125 @@ def run(
             stack.enter_context(tempfile.TemporaryFile(dir=cache.root())) for _ in range(3)
         )
         _pack(given, inputs)
-        status_read, status_write = os.pipe()
-        stack.callback(os.close, status_read)
-        command = [bwrap, "--json-status-fd", str(status_write), *_apart(readable, allowed)]
-        command += ["--", *_limited(allowed), "sh", "-c", _SCRIPT, "sh"]
-        try:
-            process = subprocess.Popen(
-                [*command, folder, " ".join(outputs), *argv],
-                stdin=given,
-                stdout=made,
-                stderr=said,
-                pass_fds=(status_write,),
-                # Ctrl-C is for this process, which then ends the other.
-                start_new_session=True,
-            )
-        finally:
-            os.close(status_write)
-        late = False
-        try:
-            process.wait(timeout=limits.scaled(allowed.seconds))
-        except subprocess.TimeoutExpired:
-            late = True
-        finally:
-            _end(process, status_read)
+        script = ["sh", "-c", _SCRIPT, "sh", folder, " ".join(outputs), *argv]
+        files = (given, made, said)
+        if container.thrown_away():
+            status, late = _run_here(script, files, readable, allowed, stack)
+        else:
+            status, late = _run_apart(script, files, readable, allowed, stack)
         text = _head(said, _TEXT_BYTES).decode(errors="replace")
         if _head(made, len(_READY)) != _READY:
-            raise _unavailable(text.strip() or f"bwrap ended with status {process.returncode}")
-        if process.returncode != 0:
-            return Outcome(
-                process.returncode, text, {}, _limit_reached(text, _size(said), late, allowed)
-            )
+            raise _unavailable(text.strip() or f"it ended with status {status}")
+        if status != 0:
+            return Outcome(status, text, {}, _limit_reached(text, _size(said), late, allowed))
         try:
             return Outcome(0, text, dict(_unpacked(made)))
         except (ValueError, tarfile.TarError) as error:
             return Outcome(1, text, {}, f"what it made cannot be used ({error})")
+
+
+def _run_apart(
+    script: Sequence[str],
+    files: tuple[IO[bytes], IO[bytes], IO[bytes]],
+    readable: Sequence[Path],
+    allowed: Limits,
+    stack: ExitStack,
+) -> tuple[int, bool]:
+    """Run it in namespaces of its own; return its status, and whether its time was over."""
+    bwrap = shutil.which("bwrap")
+    if bwrap is None:
+        raise Unavailable("bwrap is missing", "Debian: apt install bubblewrap")
+    status_read, status_write = os.pipe()
+    stack.callback(os.close, status_read)
+    command = [bwrap, "--json-status-fd", str(status_write), *_apart(readable, allowed)]
+    given, made, said = files
+    try:
+        process = subprocess.Popen(
+            [*command, "--", *_limited(allowed), *script],
+            stdin=given,
+            stdout=made,
+            stderr=said,
+            pass_fds=(status_write,),
+            # Ctrl-C is for this process, which then ends the other.
+            start_new_session=True,
+        )
+    finally:
+        os.close(status_write)
+    try:
+        late = _waited(process, allowed)
+    finally:
+        _end(process, status_read)
+    return process.returncode, late
+
+
+def _run_here(
+    script: Sequence[str],
+    files: tuple[IO[bytes], IO[bytes], IO[bytes]],
+    readable: Sequence[Path],
+    allowed: Limits,
+    stack: ExitStack,
+) -> tuple[int, bool]:
+    """Run it in this machine, which is thrown away; otherwise as `_run_apart`."""
+    place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="megapipe-build-")))
+    place.chmod(0o1777)
+    if os.geteuid() == 0:
+        _must_be_open(readable)
+    # The folder has another name here, and what is built must not differ by it.
+    words = [word.replace(str(PLACE), str(place)) for word in script]
+    given, made, said = files
+    process = subprocess.Popen(
+        [*_limited(allowed), *words],
+        stdin=given,
+        stdout=made,
+        stderr=said,
+        cwd=place,
+        env=_environment(),
+        start_new_session=True,
+    )
+    try:
+        late = _waited(process, allowed)
+    finally:
+        _end_here(process)
+    return process.returncode, late
+
+
+def _waited(process: subprocess.Popen[bytes], allowed: Limits) -> bool:
+    """Wait for the end; return whether the time was over before."""
+    try:
+        process.wait(timeout=limits.scaled(allowed.seconds))
+    except subprocess.TimeoutExpired:
+        return True
+    return False
+
+
+def _end_here(process: subprocess.Popen[bytes]) -> None:
+    """End the process, its session, and all of the user that it was, if it was another one."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if os.geteuid() != 0:
+        return
+    # What has begun meanwhile has its turn in the next round.
+    while mine := [one for one in psutil.process_iter(["uids"]) if _is_ours(one)]:
+        for one in mine:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+        psutil.wait_procs(mine, timeout=1)
+
+
+def _is_ours(process: psutil.Process) -> bool:
+    uids = process.info["uids"]
+    return uids is not None and uids.real == _user()
+
+
+def _must_be_open(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        for one in (folder, *folder.parents):
+            if not one.stat().st_mode & stat.S_IXOTH:
+                raise Unavailable(
+                    f"the compiler, which is another user, cannot look into {one}",
+                    "keep caches where everybody may: XDG_CACHE_HOME=/var/cache, or chmod o+x",
+                )
 
 
 def _apart(readable: Sequence[Path], allowed: Limits) -> Iterator[str]:
@@ -227,14 +315,18 @@ def _environment() -> dict[str, str]:
 
 def _limited(allowed: Limits) -> Iterator[str]:
     """Yield the command that runs another one under limits, and as another user if this is root."""
-    if _privileged():
-        user = _FIRST_USER + os.getpid()
-        yield from ("setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups")
+    if _privileged() or (container.thrown_away() and os.geteuid() == 0):
+        yield from ("setpriv", f"--reuid={_user()}", f"--regid={_user()}", "--clear-groups")
         yield from ("--inh-caps=-all", "--bounding-set=-all", "--no-new-privs", "--")
     cpu = round(limits.scaled(allowed.cpu_seconds))
     # The first of the two ends it with a signal that is told apart from others.
     yield from ("prlimit", f"--cpu={cpu}:{cpu + 5}", f"--as={allowed.memory}")
     yield from (f"--fsize={allowed.file}", f"--nproc={allowed.processes}", "--core=0", "--")
+
+
+def _user() -> int:
+    """Return the number of the user that root's compilers are, in this process."""
+    return _FIRST_USER + os.getpid()
 
 
 def _privileged() -> bool:

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -36,14 +36,24 @@ from grader.bench import SERVERS, Grid
 from grader.checks import Interval
 from grader.compare import Comparison
 from grader.errors import UsageError
-from grader.experiment import PORT, ExperimentFailed, Failure, Window, machine_failure
+from grader.experiment import (
+    PORT,
+    Costs,
+    ExperimentFailed,
+    Failure,
+    Window,
+    machine_failure,
+    slope,
+)
 from grader.lab import Lab, LoadShape
 from grader.load import build_loadgen
 from grader.machine import MachineError
 from grader.probe import Counters
+from grader.probe.lock_file import Locks
+from grader.probe.memory import GuestMemory
 from grader.probe.sharing_file import Transfers
 from grader.progress import Progress, duration
-from grader.samples import Cell, Journal, Sample
+from grader.samples import Cell, Journal, LockUse, Sample
 from grader.station import Built, Script, Station, build_solution
 from images.build import Image, build_image
 from kernel.build import build_turns
@@ -62,6 +72,10 @@ MEMORY_MIB = 512
 LOCKS = ("_raw_spin_lock", "_raw_spin_trylock", "_raw_read_lock", "_raw_write_lock",
          "native_queued_spin_lock_slowpath", "queued_read_lock_slowpath",
          "queued_write_lock_slowpath", "mutex_lock", "mutex_trylock")  # fmt: skip
+# A lock that is taken so often per transaction is shown by itself, and others of its name together;
+# names of which all locks together are taken less often have no name.
+LEAST_VISITS = 0.02
+OTHER_LOCKS = "others"
 # Asks the guest, when all is over, how it ended.
 OUTCOME = "cat /run/boot.status /run/boot.output"
 # Names of counts beside those of the probe, see `Window.calls`.
@@ -75,7 +89,7 @@ class Setting:
     turn: int = TURN
     """How long a vCPU runs before the next one does, in ticks of the PIT; 0: until a timer."""
     sharing: bool = False
-    """Also count the cache lines that move to the server's vCPUs, and those of locks."""
+    """Also count the cache lines that move to the server's vCPUs, and what they do with locks."""
 
     def __post_init__(self) -> None:
         if self.turn == 1 or not 0 <= self.turn <= MAX_TURN:
@@ -150,6 +164,21 @@ class Reading:
 
     counters: Counters
     transfers: Transfers | None
+    locks: Locks | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was counted in the two windows, and done with locks in both together."""
+
+    short: Window
+    long: Window
+    locks: tuple[LockUse, ...]
+
+    @property
+    def costs(self) -> Costs:
+        """What one transaction cost."""
+        return slope(self.short, self.long)
 
 
 @contextmanager
@@ -172,7 +201,7 @@ def measure(
     vcpus: int,
     setting: Setting,
     stop: threading.Event,
-) -> tuple[Window, Window]:
+) -> Measured:
     """Boot a machine that serves a load with the command `server`, and count in two windows.
 
     Raises `ExperimentFailed`, or `Stopped`.
@@ -182,11 +211,23 @@ def measure(
         2 * vcpus,
         memory_mib=MEMORY_MIB,
         sharing=setting.sharing,
+        locks=setting.sharing,
         script=script(server, load, vcpus, setting, made),
     )
     lengths = windows(load)
+    # Looked at whenever the guest stands still: what is freed in between keeps its name.
+    memory: GuestMemory | None = None
+    used: tuple[LockUse, ...] = ()
     with playing(station):
-        readings = [_read(station) for _ in station.marks(len(lengths), stop)]
+        readings = []
+        for _ in station.marks(len(lengths), stop):
+            readings.append(_read(station))
+            if setting.sharing and memory is None:
+                memory = station.sharing.guest_memory()
+            elif memory is not None:
+                memory.look()
+        if memory is not None:
+            used = _lock_uses(readings, memory, sum(lengths[1:]))
         with station:
             check(station.machine.run(OUTCOME).text, vcpus)
             functions = station.sharing.functions() if setting.sharing else []
@@ -194,7 +235,7 @@ def measure(
         _window(length, before, after, vcpus, functions)
         for length, before, after in zip(lengths[1:], readings, readings[1:], strict=False)
     )
-    return short, long
+    return Measured(short, long, used)
 
 
 def measure_cell(
@@ -202,16 +243,59 @@ def measure_cell(
 ) -> Sample:
     """Measure a server of a bench (a name of `SERVERS`) in one cell."""
     begin = time.monotonic()
-    short, long = measure(built, made, SERVERS[server], shape(cell), cell.vcpus, setting, stop)
-    return Sample(cell, server, 0, 1, round(time.monotonic() - begin, 3), short, long)
+    found = measure(built, made, SERVERS[server], shape(cell), cell.vcpus, setting, stop)
+    seconds = round(time.monotonic() - begin, 3)
+    return Sample(cell, server, 0, 1, seconds, found.short, found.long, found.locks)
 
 
 def _read(station: Station) -> Reading:
-    transfers = None
+    transfers = locks = None
     if station.has_sharing:
-        transfers = station.sharing.read()
+        transfers, locks = station.sharing.read(), station.locks.read()
         station.sharing.record()
-    return Reading(station.probe.read(), transfers)
+        station.locks.record()
+    return Reading(station.probe.read(), transfers, locks)
+
+
+def _lock_uses(
+    readings: Sequence[Reading], memory: GuestMemory, transactions: int
+) -> tuple[LockUse, ...]:
+    first, last = readings[0].locks, readings[-1].locks
+    if first is None or last is None:
+        return ()
+    used = last - first
+    often = LEAST_VISITS * transactions
+    alone: list[LockUse] = []
+    together: dict[str, LockUse] = {}
+    for row in np.flatnonzero(used.visits):
+        name = str(memory.identify(int(used.vaddr[row])))
+        visits, held, handovers = (
+            int(column[row]) for column in (used.visits, used.held, used.handovers)
+        )
+        if visits >= often:
+            alone.append(LockUse(name, 1, visits, held, handovers))
+        else:
+            together[name] = _sum(
+                name, together.get(name), LockUse(name, 1, visits, held, handovers)
+            )
+    rare = None
+    for name, use in list(together.items()):
+        if use.visits < often:
+            rare = _sum(OTHER_LOCKS, rare, together.pop(name))
+    found = [*alone, *together.values(), *([rare] if rare else [])]
+    return tuple(sorted(found, key=lambda use: (-use.held, use.name, -use.visits)))
+
+
+def _sum(name: str, one: LockUse | None, other: LockUse) -> LockUse:
+    if one is None:
+        return replace(other, name=name)
+    return LockUse(
+        name,
+        one.locks + other.locks,
+        one.visits + other.visits,
+        one.held + other.held,
+        one.handovers + other.handovers,
+    )
 
 
 def check(said: str, clients: int) -> None:

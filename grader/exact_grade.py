@@ -16,7 +16,7 @@ from grader import exact
 from grader.checks import CheckResult
 from grader.errors import UsageError
 from grader.evidence import answered_elsewhere, not_received
-from grader.experiment import Compared, Costs, ExperimentFailed, Failure, slope
+from grader.experiment import Compared, Costs, ExperimentFailed, Failure
 from grader.lab import Check, Lab
 from grader.progress import Progress
 from grader.station import Built
@@ -52,10 +52,10 @@ def measure(
             progress.update(f"{check.title}: {name}")
             one, made = variants[name], images[name]
             try:
-                windows = exact.measure(one, made, check.server, check.load, vcpus, SETTING, stop)
+                counted = exact.measure(one, made, check.server, check.load, vcpus, SETTING, stop)
             except ExperimentFailed as error:
                 return error.failure
-            return slope(*windows)
+            return counted.costs
 
         pending = {
             (check.id, name): pool.submit(once, check, name) for check in runs for name in variants

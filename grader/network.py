@@ -15,6 +15,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -247,6 +248,43 @@ class Sandbox:
         keeper, self._keeper, self._first = self._keeper, None, None
         if keeper is not None:
             _end(keeper)
+
+
+class Uncontained(Sandbox):
+    """A sandbox that holds nothing apart, for a container that is thrown away; and has no network.
+
+    So it is for exact mode; see `grader.container`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def __enter__(self) -> Uncontained:
+        self._folder = tempfile.TemporaryDirectory(prefix="megapipe-machine-")
+        return self
+
+    def close(self) -> None:
+        """Remove the private folder."""
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    @property
+    def folder(self) -> Path:
+        """The private folder; it goes when this does."""
+        if self._folder is None:
+            raise RuntimeError("it is not open")
+        return Path(self._folder.name)
+
+    @property
+    def folder_inside(self) -> Path:
+        """The same, as the processes see it."""
+        return self.folder
+
+    def command(self, argv: Sequence[str]) -> list[str]:
+        """Return the command that runs `argv` for as long as this process lives."""
+        return ["setpriv", "--pdeathsig", "KILL", "--", *argv]
 
 
 def _end(keeper: subprocess.Popen[bytes]) -> None:

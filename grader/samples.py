@@ -48,6 +48,22 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class LockUse:
+    """What was done with the locks of one name, in both windows together."""
+
+    name: str
+    """What they are a part of."""
+    locks: int
+    """How many they are."""
+    visits: int
+    """How often one of them was taken."""
+    held: int
+    """Instructions of whoever held it."""
+    handovers: int
+    """How often another CPU had it before."""
+
+
+@dataclass(frozen=True)
 class Sample:
     """One server, measured once: a short and a long window."""
 
@@ -59,6 +75,8 @@ class Sample:
     """Wall time of the measurement, server start and warm-up included."""
     short: Window
     long: Window
+    locks: tuple[LockUse, ...] = ()
+    """Where locks were followed (in exact mode), the busiest first."""
 
     @property
     def costs(self) -> Costs:
@@ -67,7 +85,10 @@ class Sample:
 
     def as_json(self) -> dict[str, Any]:
         """Return the sample as plain data."""
-        return {**asdict(self.cell), **{k: v for k, v in asdict(self).items() if k != "cell"}}
+        data = {key: value for key, value in asdict(self).items() if key != "cell"}
+        if not self.locks:
+            del data["locks"]
+        return {**asdict(self.cell), **data}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Sample:
@@ -80,6 +101,7 @@ class Sample:
             data["seconds"],
             Window(**data["short"]),
             Window(**data["long"]),
+            tuple(LockUse(**use) for use in data.get("locks", ())),
         )
 
 

@@ -15,6 +15,7 @@ from grader import given
 from grader.lab import LABS, Lab, known_labs, load_lab
 from grader.machine import Machine, MachineConfig
 from grader.probe import Probe, ProbeConfig, ProbeError, Symbols, sources
+from grader.probe.locks import LockProbe
 from grader.probe.sharing import SharingProbe
 from grader.probe.stacks import StackProbe
 from grader.progress import Progress
@@ -131,7 +132,8 @@ class Station:
     `start` begins the boot without waiting for it, so that several boot at a time. Without the
     probe (not `counted`) everything is faster, and has no cost. With `stacks`, the stack probe
     follows every call besides, with `sharing`, the sharing probe every access to memory, and
-    everything is slower. On the debug kernel, only its reports are counted.
+    everything is slower; with `locks`, for exact mode, the lock probe follows the kernel's locks.
+    On the debug kernel, only its reports are counted.
 
     With a `script` the machine runs in exact mode: `start` it, go through its `marks`, and only
     then enter the ``with`` block, in which the agent can be asked what became of it.
@@ -149,6 +151,7 @@ class Station:
         kernel_args: Sequence[str] = (),
         stacks: bool = False,
         sharing: bool = False,
+        locks: bool = False,
         script: Script | None = None,
     ) -> None:
         self.built = built
@@ -171,6 +174,9 @@ class Station:
         if sharing:
             symbols = Symbols.of_kernel(built.kernel.vmlinux)
             self._sharing = SharingProbe(vcpus, memory_mib, symbols, recorded=recorded)
+        self._locks: LockProbe | None = None
+        if locks:
+            self._locks = LockProbe(recorded, Symbols.of_kernel(built.kernel.vmlinux))
         self._config = MachineConfig(
             kernel=built.kernel.vmlinux,
             initramfs=built.image.initramfs if script is None else script.image.initramfs,
@@ -192,7 +198,7 @@ class Station:
         with ExitStack() as stack:
             plugins: list[str] = []
             opened: list[Path] = []
-            for probe in (self._probe, self._stacks, self._sharing):
+            for probe in (self._probe, self._stacks, self._sharing, self._locks):
                 if probe is not None:
                     stack.enter_context(probe)
                     plugins += probe.qemu_arguments()
@@ -245,6 +251,13 @@ class Station:
         if self._sharing is None:
             raise ProbeError("this station has no sharing probe", "ask for it: sharing=True")
         return self._sharing
+
+    @property
+    def locks(self) -> LockProbe:
+        """The locks of a station with `locks`."""
+        if self._locks is None:
+            raise ProbeError("this station has no lock probe", "ask for it: locks=True")
+        return self._locks
 
     @property
     def machine(self) -> Machine:

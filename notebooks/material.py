@@ -15,7 +15,7 @@ from grader.checks import Interval, interval
 from grader.compare import Comparison, Measure
 from grader.contributions import Contribution
 from grader.errors import UserError
-from grader.experiment import Costs
+from grader.scaling import Growth
 from grader.sharing import read_transfers
 
 BENCH = recorded.BENCH.resolve()
@@ -134,11 +134,11 @@ class Cores:
 
     path: Path
     document: Mapping[str, Any]
-    lives: Mapping[int, Mapping[str, Mapping[int, Costs]]]
-    """By transactions per connection, server, and the server's vCPUs."""
+    lives: Mapping[int, Mapping[str, Growth]]
+    """By transactions per connection, and server."""
 
-    def of(self, n: int, server: str) -> Mapping[int, Costs]:
-        """Return a server's costs by its vCPUs. Raises `Missing`."""
+    def of(self, n: int, server: str) -> Growth:
+        """Return a server's samples by its vCPUs. Raises `Missing`."""
         found = self.lives.get(n, {}).get(server)
         if not found:
             raise Missing(
@@ -150,11 +150,11 @@ class Cores:
 
     def counts(self, n: int, server: str, name: str) -> list[tuple[float, float]]:
         """Return (vCPUs, so many per transaction) of something that was counted."""
-        return [(vcpus, costs.calls[name]) for vcpus, costs in self.of(n, server).items()]
+        return [(vcpus, one.costs.calls[name]) for vcpus, one in self.of(n, server).items()]
 
     def instructions(self, n: int, server: str) -> list[tuple[float, float]]:
         """Return (vCPUs, instructions per transaction), without the clock's interrupt."""
-        return [(vcpus, costs.work) for vcpus, costs in self.of(n, server).items()]
+        return [(vcpus, one.costs.work) for vcpus, one in self.of(n, server).items()]
 
     def speed(self, n: int, server: str) -> list[tuple[float, float]]:
         """Return (vCPUs, times the throughput of one), by the model's cycles."""
@@ -163,6 +163,10 @@ class Cores:
     def gain(self, n: int, server: str, base: str) -> list[tuple[float, float]]:
         """Return (vCPUs, times the throughput of `base`), by the model's cycles."""
         return list(scaling.gain(self.of(n, server), self.of(n, base)))
+
+    def waited(self, n: int, server: str) -> list[tuple[float, float]]:
+        """Return (vCPUs, the part of a transaction's cycles that waits for locks), by the model."""
+        return list(scaling.waited(self.of(n, server)))
 
     def servers(self, n: int, *wanted: str) -> list[str]:
         """Return which of these were measured on as many vCPUs as any."""

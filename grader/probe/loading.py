@@ -11,7 +11,7 @@ from pathlib import Path
 
 from grader import cache
 from grader.probe import counters as counter_file
-from grader.probe import sharing_file, stack_file
+from grader.probe import lock_file, sharing_file, stack_file
 from grader.probe.errors import PluginUnavailable
 
 QEMU = "qemu-system-x86_64"
@@ -139,6 +139,8 @@ def _to_try_with(name: str) -> tuple[dict[str, bytes], dict[str, int]]:
     if name == "sharing":
         counters = sharing_file.new_file(1, 1, 1, 1)
         return {"counters": counters, "functions": b"ffffffff81000000\n"}, {"memory_mib": 1}
+    if name == "locks":
+        return {"counters": lock_file.new_file(1), "functions": b""}, {}
     return {"counters": counter_file.new_file(1, 1), "functions": b"ffffffff81000000 none\n"}, {}
 
 

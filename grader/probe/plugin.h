@@ -68,4 +68,25 @@ static inline void *map_file(const char *path, size_t least, uint64_t *bytes)
 	return map;
 }
 
+/* From this version on qemu_plugin_insn_data() copies. */
+#define API_DATA_COPIED	3
+#define INSN_BYTES	16
+
+/*
+ * The instruction's bytes and their number, valid while it is translated; @copy of INSN_BYTES is
+ * where they may be put.
+ */
+static inline const unsigned char *insn_bytes(const struct qemu_plugin_insn *insn,
+					      uint32_t api_version, unsigned char *copy,
+					      size_t *size)
+{
+	*size = qemu_plugin_insn_size(insn);
+	if (api_version < API_DATA_COPIED)
+		return ((qemu_plugin_insn_data_v1_t)qemu_plugin_insn_data)(insn);
+	if (*size > INSN_BYTES)
+		*size = INSN_BYTES;
+	*size = ((qemu_plugin_insn_data_v3_t)qemu_plugin_insn_data)(insn, copy, *size);
+	return copy;
+}
+
 #endif

@@ -55,8 +55,6 @@
 #define MAX_DEPTH	256
 #define PAGE_SHIFT	12
 #define PAGE_SLOTS	(1u << 15)
-/* From this version on qemu_plugin_insn_data() copies. */
-#define API_DATA_COPIED	3
 
 enum { STATE_NEW, STATE_COUNTING, STATE_ENDED };
 
@@ -571,16 +569,10 @@ static enum flow flow_of(const unsigned char *bytes, size_t size)
 
 static enum flow flow(const struct qemu_plugin_insn *insn)
 {
-	unsigned char copy[16];
-	const void *bytes = copy;
-	size_t size = qemu_plugin_insn_size(insn);
+	unsigned char copy[INSN_BYTES];
+	size_t size;
+	const void *bytes = insn_bytes(insn, header->api_version, copy, &size);
 
-	if (size > sizeof(copy))
-		size = sizeof(copy);
-	if (header->api_version >= API_DATA_COPIED)
-		size = ((qemu_plugin_insn_data_v3_t)qemu_plugin_insn_data)(insn, copy, size);
-	else
-		bytes = ((qemu_plugin_insn_data_v1_t)qemu_plugin_insn_data)(insn);
 	return flow_of(bytes, size);
 }
 

@@ -120,11 +120,9 @@ def test_shorter_turns_interleave_more(built: Built, stop: threading.Event) -> N
     made = exact.image(built)
     load = exact.shape(Cell(2, 64, 1))
     switches = [
-        slope(
-            *exact.measure(
-                built, made, "epoll-server", load, 2, exact.Setting(turn, sharing=True), stop
-            )
-        ).calls[exact.TRANSFERS]
+        exact.measure(
+            built, made, "epoll-server", load, 2, exact.Setting(turn, sharing=True), stop
+        ).costs.calls[exact.TRANSFERS]
         for turn in (0, exact.TURN)
     ]
     assert switches[1] > 1.1 * switches[0]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 
 import pytest
 from rich.console import Console
 
-from grader import scaling
+from grader import model, scaling
 from grader.experiment import Window
-from grader.samples import Cell, Sample
+from grader.samples import Cell, LockUse, Sample
 
 WEIGHT_OF_A_TRANSFER = 109
 
@@ -66,3 +67,50 @@ def test_the_report_says_that_it_is_a_model() -> None:
     assert "n = 1, 64 B: times epoll's throughput on as many vCPUs" in text
     # Without epoll there is nothing to compare with.
     assert "n = 10, 64 B: times epoll's" not in text
+
+
+def locked(vcpus: int, held: int, handovers: float, locks: int = 1) -> Sample:
+    """Return a sample of 10,000 cycles, of which each transaction holds a lock for some."""
+    plain = sample("a", vcpus, 10_000, 0)
+    transactions = plain.short.transactions + plain.long.transactions
+    use = LockUse("l", locks, transactions, held * transactions, round(handovers * transactions))
+    return dataclasses.replace(plain, locks=(use,))
+
+
+def test_waiting_is_that_of_the_machine_repairman() -> None:
+    # Two cores, one lock: the exact solution of the closed network (MVA) is R = Z + D (1 + Q(1)),
+    # with Q(1) = D / (Z + D). Schweitzer's approximation is within a few percent of it.
+    held, cores = 2_000, 2
+    alone = 10_000.0
+    exactly = alone + held * held / alone
+    found = scaling.waiting(locked(cores, held, 0.0))
+    assert found == scaling.Waiting(10_000, 0, "")
+    half = dataclasses.replace(locked(cores, held, 0.5))
+    moved = model.cycles({"transfers": 0.5})
+    found = scaling.waiting(half)
+    assert found.cycles == pytest.approx(exactly, rel=0.03) and found.lock == "l"
+    assert found.waited == pytest.approx(found.cycles - 10_000)
+    assert moved < 0.03 * exactly
+
+
+def test_throughput_never_exceeds_what_a_lock_lets_through() -> None:
+    # A fifth of each transaction under one lock: never more than five cores' worth.
+    many = {n: locked(n, 2_000, 1 - 1 / n) for n in (1, 2, 4, 8, 16, 32)}
+    speeds = [value for _, value in scaling.speed(many)]
+    assert speeds == sorted(speeds) and speeds[1] > 1.8
+    assert speeds[-1] < 10_000 / 2_000
+    parts = [part for _, part in scaling.waited(many)]
+    assert parts[0] == 0 and parts == sorted(parts)
+
+
+def test_locks_of_one_name_share_its_visits() -> None:
+    one, many = (scaling.waiting(locked(16, 2_000, 0.9, locks)) for locks in (1, 1000))
+    assert many.waited < one.waited / 100
+
+
+def test_the_report_says_where_it_is_waited() -> None:
+    out = io.StringIO()
+    found = [dataclasses.replace(locked(4, 2_000, 0.75), server=s) for s in ("a", "epoll")]
+    scaling.report(found, Console(file=out, width=120))
+    text = out.getvalue()
+    assert "waiting for locks" in text and "% l" in text and "its queueing" in text
