@@ -239,6 +239,8 @@ void mp_lw_drop_all(struct mp_channel *ch);
 /* socket.c */
 const struct mp_kind *mp_socket_kind(const struct socket *sock);
 extern const struct mp_kind mp_tcp_kind;
+ssize_t mp_lw_read(struct mp_handle *h);
+ssize_t mp_lw_write(struct mp_handle *h, u64 addr, u32 len);
 
 /* file.c */
 const struct mp_kind *mp_file_kind(const struct file *file);

@@ -437,7 +437,7 @@ static bool mp_try_read(struct mp_handle *h)
 
 	if (!mp_cq_room(h->channel))
 		return false;
-	ret = h->kind->read(h);
+	ret = likely(h->light) ? mp_lw_read(h) : h->kind->read(h);
 	if (ret != -EAGAIN && ret != -EIOCBQUEUED)
 		mp_read_done(h, ret);
 	return true;
@@ -543,6 +543,7 @@ int mp_write(struct mp_handle *h, const struct mp_request *req)
 {
 	struct mp_write *w = &h->write;
 	u32 len = min_t(u32, req->len, MAX_RW_COUNT);
+	ssize_t moved = 0;
 	loff_t pos;
 	int ret;
 
@@ -556,14 +557,27 @@ int mp_write(struct mp_handle *h, const struct mp_request *req)
 	if (likely(req->op == MP_OP_WRITE)) {
 		if (!access_ok(u64_to_user_ptr(req->addr), len))
 			return -EFAULT;
-		iov_iter_ubuf(&w->iter, ITER_SOURCE, u64_to_user_ptr(req->addr), len);
+		/* As a rule all of it goes at once, and nothing need be remembered. */
+		if (h->light && len && mp_cq_room(h->channel)) {
+			moved = mp_lw_write(h, req->addr, len);
+			if (likely(moved == len) || (moved < 0 && moved != -EAGAIN)) {
+				mp_complete(h, (struct mp_completion){
+					.op = MP_OP_WRITE,
+					.result = moved,
+				});
+				return 0;
+			}
+			moved = max(moved, 0);
+		}
+		iov_iter_ubuf(&w->iter, ITER_SOURCE, u64_to_user_ptr(req->addr + moved),
+			      len - moved);
 	} else {
 		ret = mp_import_vector(w, req);
 		if (ret)
 			return ret;
 	}
 	w->op = req->op;
-	w->moved = 0;
+	w->moved = moved;
 	h->write_pos = pos;
 	h->pending |= EPOLLOUT;
 	mp_settle(h, mp_try_write(h));

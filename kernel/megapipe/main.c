@@ -60,23 +60,32 @@ static const struct mp_operation mp_operations[MP_NR_OPS] = {
 	[MP_OP_DROP]		= { .on_channel = mp_drop },
 };
 
-static int mp_try_execute(struct mp_channel *ch, const struct mp_request *req)
+/* Has the request something that its operation does not take? */
+static noinline bool mp_has_too_much(const struct mp_operation *operation,
+				     const struct mp_request *req)
+{
+	return req->fd || req->flags & ~operation->flags ||
+	       (req->cookie && !(req->flags & MP_AT_OFFSET)) ||
+	       (req->addr && !operation->takes_addr) || (req->len && !operation->takes_len);
+}
+
+static __always_inline int mp_try_execute(struct mp_channel *ch, const struct mp_request *req)
 {
 	const struct mp_operation *operation;
 	struct mp_handle *h;
 
-	if (req->op >= MP_NR_OPS || req->reserved)
+	if (unlikely(req->op >= MP_NR_OPS || req->reserved))
 		return -EINVAL;
 	operation = &mp_operations[array_index_nospec(req->op, MP_NR_OPS)];
 	if (operation->on_channel)
 		return operation->on_channel(ch, req);
 
-	if (req->fd || req->flags & ~operation->flags ||
-	    (req->cookie && !(req->flags & MP_AT_OFFSET)) ||
-	    (req->addr && !operation->takes_addr) || (req->len && !operation->takes_len))
+	/* As a rule it is a buffer and nothing else, and whatever takes one has a length. */
+	if (!(operation->takes_addr && !(req->fd | req->flags) && !req->cookie) &&
+	    mp_has_too_much(operation, req))
 		return -EINVAL;
 	h = mp_handle_find(ch, req->handle);
-	if (!h)
+	if (unlikely(!h))
 		return -ENOENT;
 	return operation->run(h, req);
 }

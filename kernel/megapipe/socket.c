@@ -66,36 +66,57 @@ static ssize_t mp_socket_write(struct mp_handle *h)
 	return sock_sendmsg(h->sock, &msg);
 }
 
-/*
- * A descriptor may have come from another task, or outlive what its task may do,
- * so the security module is asked at each use. An lwsocket never leaves the
- * channel, whose owner was asked when it was accepted: it goes straight to TCP.
- */
-static ssize_t mp_tcp_receive(struct mp_handle *h)
+/* All over: nothing can arrive any more, and what is left is to say why. */
+static __always_inline bool mp_tcp_is_over(const struct sock *sk)
 {
-	struct sock *sk = h->sock->sk;
-	struct msghdr msg = {};
-	int unused = 0;		/* length of the peer's address, which nobody wants */
-
-	mp_read_iter(h, &msg.msg_iter);
-	return READ_ONCE(sk->sk_prot)->recvmsg(sk, &msg, h->read_len, MSG_DONTWAIT, &unused);
+	return unlikely(inet_sk_state_load(sk) == TCP_CLOSE) && READ_ONCE(sk->sk_err) &&
+	       skb_queue_empty_lockless(&sk->sk_receive_queue) && !mp_tcp_is_layered(sk);
 }
 
 static ssize_t mp_tcp_read(struct mp_handle *h)
 {
 	struct sock *sk = h->sock->sk;
 
-	/*
-	 * A receive that finds nothing costs more than to look whether it would. Nobody
-	 * else reads from an lwsocket: there is something, or nobody would ask.
-	 */
-	if (!h->light && !mp_tcp_events(h, EPOLLIN))
+	/* A receive that finds nothing costs more than to look whether it would. */
+	if (!mp_tcp_events(h, EPOLLIN))
 		return -EAGAIN;
-	/* All over: what is left is to say why. Nothing can arrive any more. */
-	if (unlikely(inet_sk_state_load(sk) == TCP_CLOSE) && READ_ONCE(sk->sk_err) &&
-	    skb_queue_empty_lockless(&sk->sk_receive_queue) && !mp_tcp_is_layered(sk))
+	if (mp_tcp_is_over(sk))
 		return sock_error(sk) ?: -EAGAIN;
-	return h->light ? mp_tcp_receive(h) : mp_socket_read(h);
+	return mp_socket_read(h);
+}
+
+/*
+ * A descriptor may have come from another task, or outlive what its task may do,
+ * so the security module is asked at each use. An lwsocket never leaves the
+ * channel, whose owner was asked when it was accepted: it goes straight to TCP.
+ * Nobody else reads from it, so that there is something, or nobody would ask.
+ */
+ssize_t mp_lw_read(struct mp_handle *h)
+{
+	struct sock *sk = h->sock->sk;
+	struct msghdr msg = {};
+	int unused = 0;		/* length of the peer's address, which nobody wants */
+
+	if (mp_tcp_is_over(sk))
+		return sock_error(sk) ?: -EAGAIN;
+	mp_read_iter(h, &msg.msg_iter);
+	return READ_ONCE(sk->sk_prot)->recvmsg(sk, &msg, h->read_len, MSG_DONTWAIT, &unused);
+}
+
+/* Not by way of the pointer, as long as nobody has put a layer on top. */
+static __always_inline ssize_t mp_lw_send(struct sock *sk, struct msghdr *msg)
+{
+	return INDIRECT_CALL_1(READ_ONCE(sk->sk_prot)->sendmsg, tcp_sendmsg,
+			       sk, msg, iov_iter_count(&msg->msg_iter));
+}
+
+/* Write @len bytes from @addr, at which the caller has looked: how many have gone, or an errno. */
+ssize_t mp_lw_write(struct mp_handle *h, u64 addr, u32 len)
+{
+	struct msghdr msg = { .msg_flags = MSG_DONTWAIT | MSG_NOSIGNAL };
+
+	iov_iter_ubuf(&msg.msg_iter, ITER_SOURCE, u64_to_user_ptr(addr), len);
+	return mp_lw_send(h->sock->sk, &msg);
 }
 
 static ssize_t mp_tcp_write(struct mp_handle *h)
@@ -104,13 +125,8 @@ static ssize_t mp_tcp_write(struct mp_handle *h)
 		.msg_iter = h->write.iter,
 		.msg_flags = MSG_DONTWAIT | MSG_NOSIGNAL,
 	};
-	struct sock *sk = h->sock->sk;
 
-	if (!h->light)
-		return mp_socket_write(h);
-	/* Not by way of the pointer, as long as nobody has put a layer on top. */
-	return INDIRECT_CALL_1(READ_ONCE(sk->sk_prot)->sendmsg, tcp_sendmsg,
-			       sk, &msg, iov_iter_count(&h->write.iter));
+	return h->light ? mp_lw_send(h->sock->sk, &msg) : mp_socket_write(h);
 }
 
 const struct mp_kind mp_tcp_kind = {
