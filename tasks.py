@@ -598,6 +598,7 @@ def profile(
         "sharing": "a result of bench --sharing (default: sharing.json beside the bench's, if any)",
         "grade": "a result of grade --json, again and again (default: the recorded ones)",
         "exact": "a result of bench --exact --sharing (default: the recorded one)",
+        "latency": "a result of latency (default: the recorded one)",
     },
 )
 def plot(
@@ -607,6 +608,7 @@ def plot(
     sharing: str = "",
     grade: Sequence[str] | None = None,
     exact: str = "",
+    latency: str = "",
 ) -> None:
     """Write the notebooks' pictures as SVG and PNG."""
     from grader.progress import Progress
@@ -615,7 +617,7 @@ def plot(
     progress = Progress()
     folder = Path(out) if out else setup.ROOT / "results" / "plots"
     with progress.phase("pictures"):
-        pictures = running.all_pictures(bench, sharing, grade or (), exact)
+        pictures = running.all_pictures(bench, sharing, grade or (), exact, latency)
         written = running.plot(pictures, folder, progress)
     progress.say(f"{folder}: {len(written)} files")
 

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from grader import cache, confined, given, setup
+from grader import cache, confined, container, given, setup
 from grader.given import GivenError
 from grader.lab import LABS
 from grader.network import NetworkUnavailable, Sandbox
@@ -325,6 +325,9 @@ def tun() -> Iterator[Finding]:
 
 def network() -> Iterator[Finding]:
     """Make a tap with two queues in namespaces of its own, as every run does."""
+    if container.thrown_away():
+        yield Finding("namespaces", State.OK, f"not used: {container.VARIABLE}=1, for --exact only")
+        return
     try:
         with Sandbox() as sandbox:
             sandbox.add_tap(2)

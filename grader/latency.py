@@ -15,13 +15,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from grader import bench, exact, results
-from grader.errors import UsageError
+from grader.errors import UsageError, UserError
 from grader.lab import Lab, LoadShape
 from grader.load import Latency, summarize
 from grader.progress import Progress
@@ -32,6 +33,7 @@ THRESHOLDS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CONNECTIONS = (1, 8, 64, 256)
 SIZE = 64
 VERSION = 1
+SCHEMA = Path(__file__).with_name("latency.schema.json")
 SERVER = "mp-server --batch --partition --lwsocket --threshold"
 _SAMPLES = "/tmp/latency"
 # Eight bytes each, of the two windows together.
@@ -94,7 +96,8 @@ def run(lab: Lab, thresholds: Sequence[int], connections: Sequence[int], out: Pa
         for one in pending:
             progress.update(f"{len(rows)} of {len(pending)}")
             rows.append(one.result())
-    results.write(out, json.dumps(as_json(built, made, rows), indent=1) + "\n")
+    document = results.checked(as_json(built, made, rows), SCHEMA)
+    results.write(out, json.dumps(document, indent=1) + "\n")
     console = bench.wide_console()
     report(rows, console)
     progress.say(f"{out} has the numbers. {progress.summary()}")
@@ -115,6 +118,27 @@ def as_json(built: Built, made: Image, rows: Sequence[Row]) -> dict[str, Any]:
         "environment": bench.environment(),
         "rows": [asdict(row) for row in rows],
     }
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
+    """Return a result file's content and its rows. Raises `UserError`."""
+    try:
+        found = json.loads(path.read_text())
+        jsonschema.validate(found, json.loads(SCHEMA.read_text()))
+    except (OSError, ValueError, jsonschema.ValidationError) as error:
+        reason = getattr(error, "message", None) or error
+        raise UserError(
+            f"{path} is no result of invoke latency: {reason}", "name another file"
+        ) from None
+    return found, [
+        Row(
+            row["threshold"],
+            row["connections"],
+            Latency(**row["latency"]),
+            row["system_calls"],
+        )
+        for row in found["rows"]
+    ]
 
 
 def report(rows: Sequence[Row], console: Console) -> None:

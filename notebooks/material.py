@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from grader import compare, contributions, model, recorded, report, samples, scaling
+from grader import latency as latencies
 from grader.checks import Interval, interval
 from grader.compare import Comparison, Measure
 from grader.contributions import Contribution
@@ -22,6 +23,7 @@ BENCH = recorded.BENCH.resolve()
 RECORDED = BENCH.parent
 SHARING = RECORDED / "sharing.json"
 EXACT = RECORDED / "exact.json"
+LATENCY = RECORDED / "latency.json"
 CLASS_LAB = "1-batching"
 CLASS = RECORDED / f"class-{CLASS_LAB}.csv"
 # Where servers are laid side by side; a bench may hold other cells, too.
@@ -175,6 +177,12 @@ class Cores:
         return [one for one in wanted if len(there.get(one, ())) == most]
 
     @property
+    def followed_locks(self) -> bool:
+        """Whether it was counted what the kernel's locks do."""
+        growths = (growth for life in self.lives.values() for growth in life.values())
+        return any(sample.locks for growth in growths for sample in growth.values())
+
+    @property
     def vcpus(self) -> list[int]:
         """The numbers of vCPUs, ascending."""
         return sorted({v for life in self.lives.values() for one in life.values() for v in one})
@@ -203,6 +211,31 @@ def cores(result: Path | str = EXACT) -> Cores:
     if not lives:
         raise Missing(f"{path} has nothing of {SIZE} B", "name another result")
     return Cores(path, document, lives)
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """What `invoke latency` has measured, for the pictures."""
+
+    path: Path
+    document: Mapping[str, Any]
+    rows: Sequence[latencies.Row]
+
+    @property
+    def loads(self) -> list[int]:
+        """The numbers of connections, ascending."""
+        return sorted({row.connections for row in self.rows})
+
+    def of(self, connections: int) -> list[latencies.Row]:
+        """Return what was measured with so many connections, by threshold."""
+        found = [row for row in self.rows if row.connections == connections]
+        return sorted(found, key=lambda row: row.threshold)
+
+
+def latency(result: Path | str = LATENCY) -> Latencies:
+    """Read a result of ``invoke latency``. Raises `UserError`."""
+    path = Path(result)
+    return Latencies(path, *latencies.read(path))
 
 
 def life(n: float) -> str:

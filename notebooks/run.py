@@ -36,6 +36,7 @@ from notebooks.pictures import Picture
 from notebooks.pictures.cores import cores_pictures
 from notebooks.pictures.grades import class_pictures, grade_pictures
 from notebooks.pictures.labs import lab_pictures
+from notebooks.pictures.latency import latency_pictures
 from notebooks.pictures.paper import paper_pictures
 
 FOLDER = Path(__file__).resolve().parent
@@ -103,7 +104,11 @@ def plot(pictures: Iterable[Picture], out: Path, progress: Progress) -> list[Pat
 
 
 def all_pictures(
-    bench: str = "", sharing: str = "", grades: Sequence[str] = (), exact: str = ""
+    bench: str = "",
+    sharing: str = "",
+    grades: Sequence[str] = (),
+    exact: str = "",
+    latency: str = "",
 ) -> list[Picture]:
     """Return the pictures of all notebooks, made of these result files.
 
@@ -113,6 +118,7 @@ def all_pictures(
     papers = published.read()
     found = paper_pictures(papers, measured)
     found |= cores_pictures(papers, material.cores(exact or material.EXACT))
+    found |= latency_pictures(material.latency(latency or material.LATENCY))
     for name in known_labs():
         found |= lab_pictures(name, measured)
     recorded = [str(material.recorded_grade(name, "starter")) for name in known_labs()]

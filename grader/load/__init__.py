@@ -350,8 +350,11 @@ def summarize(nanoseconds: npt.NDArray[np.uint64]) -> Latency | None:
     for value, count in zip(values.tolist(), counts.tolist(), strict=True):
         histogram.record_value(value, count)
 
+    longest = float(clipped.max()) / 1000
+
     def percentile(percent: float) -> float:
-        return float(histogram.get_value_at_percentile(percent)) / 1000
+        # A bucket answers with its upper end, beyond which nothing may have been.
+        return min(longest, float(histogram.get_value_at_percentile(percent)) / 1000)
 
     encoded = histogram.encode()
     return Latency(
@@ -361,7 +364,7 @@ def summarize(nanoseconds: npt.NDArray[np.uint64]) -> Latency | None:
         p90=percentile(90),
         p99=percentile(99),
         p99_9=percentile(99.9),
-        max=float(clipped.max()) / 1000,
+        max=longest,
         histogram=encoded.decode("ascii") if isinstance(encoded, bytes) else str(encoded),
     )
 

@@ -90,7 +90,7 @@ def test_axes_say_what_they_show_and_in_what_unit(drawn: dict[str, Figure]) -> N
     # What can stand on an axis: a count of something, or a measure with its unit.
     units = (
         *("transaction", "connection", "point", "student", "cores", "server", "bytes"),
-        *("/s", "%", "times", "parts", "whose files", "allocated"),
+        *("/s", "µs", "%", "times", "parts", "whose files", "allocated", "requests"),
     )
     for name, figure in drawn.items():
         assert _used(figure), name
