@@ -227,7 +227,7 @@ def measure(
             elif memory is not None:
                 memory.look()
         if memory is not None:
-            used = _lock_uses(readings, memory, sum(lengths[1:]))
+            used = _locks(readings, memory, sum(lengths[1:]))
         with station:
             check(station.machine.run(OUTCOME).text, vcpus)
             functions = station.sharing.functions() if setting.sharing else []
@@ -257,31 +257,36 @@ def _read(station: Station) -> Reading:
     return Reading(station.probe.read(), transfers, locks)
 
 
-def _lock_uses(
+def _locks(
     readings: Sequence[Reading], memory: GuestMemory, transactions: int
 ) -> tuple[LockUse, ...]:
     first, last = readings[0].locks, readings[-1].locks
     if first is None or last is None:
         return ()
-    used = last - first
+    return lock_uses(last - first, lambda address: str(memory.identify(address)), transactions)
+
+
+def lock_uses(used: Locks, name: Callable[[int], str], transactions: int) -> tuple[LockUse, ...]:
+    """Sum up what was done with locks, by what `name` says of their addresses; the busiest first.
+
+    One that is taken in so many transactions as `LEAST_VISITS` says stands by itself.
+    """
     often = LEAST_VISITS * transactions
     alone: list[LockUse] = []
     together: dict[str, LockUse] = {}
     for row in np.flatnonzero(used.visits):
-        name = str(memory.identify(int(used.vaddr[row])))
         visits, held, handovers = (
             int(column[row]) for column in (used.visits, used.held, used.handovers)
         )
+        use = LockUse(name(int(used.vaddr[row])), 1, visits, held, handovers)
         if visits >= often:
-            alone.append(LockUse(name, 1, visits, held, handovers))
+            alone.append(use)
         else:
-            together[name] = _sum(
-                name, together.get(name), LockUse(name, 1, visits, held, handovers)
-            )
+            together[use.name] = _sum(use.name, together.get(use.name), use)
     rare = None
-    for name, use in list(together.items()):
+    for each, use in list(together.items()):
         if use.visits < often:
-            rare = _sum(OTHER_LOCKS, rare, together.pop(name))
+            rare = _sum(OTHER_LOCKS, rare, together.pop(each))
     found = [*alone, *together.values(), *([rare] if rare else [])]
     return tuple(sorted(found, key=lambda use: (-use.held, use.name, -use.visits)))
 

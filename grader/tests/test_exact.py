@@ -8,14 +8,16 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from grader import exact, latency
 from grader.errors import UsageError
 from grader.experiment import ExperimentFailed, slope
 from grader.lab import LoadShape, load_lab
+from grader.probe.lock_file import Locks
 from grader.progress import Progress
-from grader.samples import Cell
+from grader.samples import Cell, LockUse
 from grader.station import Built, Stopped, build_solution
 from images.build import Image
 
@@ -87,6 +89,30 @@ def test_numbers_of_latency() -> None:
         latency.numbers("--thresholds", (257,), latency.THRESHOLDS)
 
 
+def test_busy_locks_stand_alone_and_others_by_their_name() -> None:
+    names = {
+        1: "listener",
+        2: "socket",
+        3: "socket",
+        4: "socket",
+        5: "never",
+        6: "once",
+        7: "twice",
+    }
+    used = Locks(
+        vaddr=np.arange(1, 8, dtype=np.uint64),
+        visits=np.array([1000, 15, 10, 300, 0, 1, 2]),
+        held=np.array([500, 100, 50, 9000, 0, 7, 3]),
+        handovers=np.array([900, 0, 1, 2, 0, 1, 1]),
+    )
+    assert exact.lock_uses(used, names.__getitem__, 1000) == (
+        LockUse("socket", 1, 300, 9000, 2),
+        LockUse("listener", 1, 1000, 500, 900),
+        LockUse("socket", 2, 25, 150, 1),
+        LockUse(exact.OTHER_LOCKS, 2, 3, 10, 2),
+    )
+
+
 # --- in a machine -------------------------------------------------------------------------------
 
 
@@ -113,6 +139,11 @@ def test_two_runs_are_identical(built: Built, stop: threading.Event, turn: int) 
     # What it is about was counted: a connection each, on the server's side alone, and lines.
     assert calls["tcp_accept"] == 1 and calls["file_alloc"] == 0
     assert calls[exact.TRANSFERS] > calls[exact.HANDOVERS] > 0
+    # Each connection takes the lock of its socket several times, and nobody else does.
+    sockets = [use for use in first.locks if use.name.startswith("TCP+") and use.locks > 1]
+    transactions = first.short.transactions + first.long.transactions
+    assert sum(use.visits for use in sockets) > transactions
+    assert all(use.held > use.visits >= use.handovers for use in first.locks)
 
 
 @pytest.mark.vm
