@@ -72,8 +72,8 @@ MEMORY_MIB = 512
 LOCKS = ("_raw_spin_lock", "_raw_spin_trylock", "_raw_read_lock", "_raw_write_lock",
          "native_queued_spin_lock_slowpath", "queued_read_lock_slowpath",
          "queued_write_lock_slowpath", "mutex_lock", "mutex_trylock")  # fmt: skip
-# A lock that is taken so often per transaction is shown by itself, and others of its name together;
-# names of which all locks together are taken less often have no name.
+# A lock that is taken so often per transaction, and by more than one CPU, is shown by itself, and
+# others of its name together; names of which all locks together are taken less often have none.
 LEAST_VISITS = 0.02
 OTHER_LOCKS = "others"
 # Asks the guest, when all is over, how it ended.
@@ -269,7 +269,8 @@ def _locks(
 def lock_uses(used: Locks, name: Callable[[int], str], transactions: int) -> tuple[LockUse, ...]:
     """Sum up what was done with locks, by what `name` says of their addresses; the busiest first.
 
-    One that is taken in so many transactions as `LEAST_VISITS` says stands by itself.
+    One that is taken in so many transactions as `LEAST_VISITS` says, and handed over, stands by
+    itself.
     """
     often = LEAST_VISITS * transactions
     alone: list[LockUse] = []
@@ -279,7 +280,7 @@ def lock_uses(used: Locks, name: Callable[[int], str], transactions: int) -> tup
             int(column[row]) for column in (used.visits, used.held, used.handovers)
         )
         use = LockUse(name(int(used.vaddr[row])), 1, visits, held, handovers)
-        if visits >= often:
+        if visits >= often and handovers:
             alone.append(use)
         else:
             together[use.name] = _sum(use.name, together.get(use.name), use)

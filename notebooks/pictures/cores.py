@@ -126,6 +126,6 @@ def _waits(cores: Cores) -> str:
         return "Cores also wait for locks there, which were not followed here."
     shared, own = (cores.waited(SHORT, server)[-1][1] for server in (BASELINE, BEST))
     return (
-        f"It is not the locks: on {cores.vcpus[-1]} the model has {shared:.1%} of a transaction "
-        f"wait for them with one listener for all, and {own:.1%} with MegaPipe."
+        f"It is not the locks: on {cores.vcpus[-1]} the model has {shared:.2%} of a transaction "
+        f"wait for them with one listener for all, and {own:.2%} with MegaPipe."
     )
