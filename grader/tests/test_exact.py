@@ -137,7 +137,8 @@ def test_two_runs_are_identical(built: Built, stop: threading.Event, turn: int) 
     assert dataclasses.replace(first, seconds=0.0) == dataclasses.replace(second, seconds=0.0)
     calls = slope(first.short, first.long).calls
     # What it is about was counted: a connection each, on the server's side alone, and lines.
-    # (A function in whose first two instructions a turn ends is counted a second time.)
+    # (With turns some entries in a thousand are counted twice: of functions, it seems, in whose
+    # first instructions a turn ends.)
     assert calls["tcp_accept"] == pytest.approx(1, abs=0.01) and calls["file_alloc"] == 0
     assert calls[exact.TRANSFERS] > calls[exact.HANDOVERS] > 0
     # Each connection takes the lock of its socket several times, and nobody else does.
