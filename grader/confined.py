@@ -28,7 +28,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
 
 import psutil
 
@@ -171,17 +171,9 @@ def _run_apart(
     status_read, status_write = os.pipe()
     stack.callback(os.close, status_read)
     command = [bwrap, "--json-status-fd", str(status_write), *_apart(readable, allowed)]
-    given, made, said = files
+    command += ["--", *_limited(allowed), *script]
     try:
-        process = subprocess.Popen(
-            [*command, "--", *_limited(allowed), *script],
-            stdin=given,
-            stdout=made,
-            stderr=said,
-            pass_fds=(status_write,),
-            # Ctrl-C is for this process, which then ends the other.
-            start_new_session=True,
-        )
+        process = _start(command, files, pass_fds=(status_write,))
     finally:
         os.close(status_write)
     try:
@@ -205,21 +197,22 @@ def _run_here(
         _must_be_open(readable)
     # The folder has another name here, and what is built must not differ by it.
     words = [word.replace(str(PLACE), str(place)) for word in script]
-    given, made, said = files
-    process = subprocess.Popen(
-        [*_limited(allowed), *words],
-        stdin=given,
-        stdout=made,
-        stderr=said,
-        cwd=place,
-        env=_environment(),
-        start_new_session=True,
-    )
+    process = _start([*_limited(allowed), *words], files, cwd=place, env=_environment())
     try:
         late = _waited(process, allowed)
     finally:
         _end_here(process)
     return process.returncode, late
+
+
+def _start(
+    command: Sequence[str], files: tuple[IO[bytes], IO[bytes], IO[bytes]], **options: Any
+) -> subprocess.Popen[bytes]:
+    given, made, said = files
+    # Ctrl-C is for this process, which then ends the other.
+    return subprocess.Popen(
+        command, stdin=given, stdout=made, stderr=said, start_new_session=True, **options
+    )
 
 
 def _waited(process: subprocess.Popen[bytes], allowed: Limits) -> bool:

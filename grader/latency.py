@@ -15,14 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from grader import bench, exact, results
-from grader.errors import UsageError, UserError
+from grader.errors import UsageError
 from grader.lab import Lab, LoadShape
 from grader.load import Latency, summarize
 from grader.progress import Progress
@@ -122,14 +121,7 @@ def as_json(built: Built, made: Image, rows: Sequence[Row]) -> dict[str, Any]:
 
 def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
     """Return a result file's content and its rows. Raises `UserError`."""
-    try:
-        found = json.loads(path.read_text())
-        jsonschema.validate(found, json.loads(SCHEMA.read_text()))
-    except (OSError, ValueError, jsonschema.ValidationError) as error:
-        reason = getattr(error, "message", None) or error
-        raise UserError(
-            f"{path} is no result of invoke latency: {reason}", "name another file"
-        ) from None
+    found = results.read(path, SCHEMA, "invoke latency")
     return found, [
         Row(
             row["threshold"],

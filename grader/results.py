@@ -53,6 +53,20 @@ def checked(document: Mapping[str, Any], schema: Path) -> dict[str, Any]:
     return plain
 
 
+def read(path: Path, schema: Path, what: str, error: type[UserError] = UserError) -> dict[str, Any]:
+    """Return the content of a result file that `schema` describes, a result of `what`.
+
+    Raises `error` if it is none.
+    """
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        jsonschema.validate(found, json.loads(schema.read_text()))
+    except (OSError, ValueError, jsonschema.ValidationError) as failure:
+        reason = getattr(failure, "message", None) or failure
+        raise error(f"{path} is no result of {what}: {reason}", "name another file") from None
+    return found
+
+
 def commit() -> str:
     """Return the checkout's commit, with ``+`` if files differ from it; empty without git."""
     folder = Path(__file__).parent

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 from filelock import FileLock, Timeout
 
 from grader import results
@@ -211,10 +210,5 @@ def document(
 
 def read(path: Path) -> tuple[dict[str, Any], list[Sample]]:
     """Return a result file's content and its samples. Raises `BadResult`."""
-    try:
-        found = json.loads(path.read_text())
-        jsonschema.validate(found, json.loads(SCHEMA.read_text()))
-    except (OSError, ValueError, jsonschema.ValidationError) as error:
-        reason = getattr(error, "message", None) or error
-        raise BadResult(f"{path} is no result of a bench: {reason}", "name another file") from None
+    found = results.read(path, SCHEMA, "a bench", BadResult)
     return found, [Sample.from_json(sample) for sample in found["samples"]]

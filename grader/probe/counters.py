@@ -29,6 +29,30 @@ STATE_NEW, STATE_COUNTING, STATE_ENDED = range(3)
 Counts = npt.NDArray[np.int64]
 
 
+def rows_since(
+    keys: npt.NDArray[np.uint64],
+    earlier: npt.NDArray[np.uint64],
+    *columns: tuple[Counts, Counts],
+) -> list[Counts]:
+    """Return what columns of a growing table, now and earlier, have had since.
+
+    `keys` are those of the rows, ascending; a row that is new had nothing. Raises `ProbeError`
+    unless every earlier key is still there.
+    """
+    at = np.searchsorted(keys, earlier)
+    if len(earlier) > len(keys) or (keys[np.minimum(at, len(keys) - 1)] != earlier).any():
+        raise ProbeError(
+            "these are readings of different probes, or the second is the earlier one",
+            "subtract an earlier one of the same probe",
+        )
+    since = []
+    for now, then in columns:
+        column = now.copy()
+        column[at] -= then
+        since.append(column)
+    return since
+
+
 @dataclass(frozen=True)
 class Total:
     """Counts summed over all vCPUs."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from grader.probe.counters import Counts
+from grader.probe.counters import Counts, rows_since
 from grader.probe.errors import ProbeError
 
 MAGIC = b"MPLOCKS\n"
@@ -87,24 +87,13 @@ class Locks:
 
     def __sub__(self, earlier: Locks) -> Locks:
         """Return what was counted since `earlier`, a reading of the same probe."""
-        at = np.searchsorted(self.vaddr, earlier.vaddr)
-        if (
-            len(self.vaddr) < len(earlier.vaddr)
-            or (self.vaddr[np.minimum(at, len(self.vaddr) - 1)] != earlier.vaddr).any()
-        ):
-            raise ProbeError(
-                "these are readings of different probes, or the second is the earlier one",
-                "subtract an earlier one of the same probe",
-            )
-        columns = []
-        for now, then in (
+        columns = rows_since(
+            self.vaddr,
+            earlier.vaddr,
             (self.visits, earlier.visits),
             (self.held, earlier.held),
             (self.handovers, earlier.handovers),
-        ):
-            column = now.copy()
-            column[at] -= then
-            columns.append(column)
+        )
         return Locks(self.vaddr, *columns)
 
 

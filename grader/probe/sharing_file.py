@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from grader.probe.counters import Counts
+from grader.probe.counters import Counts, rows_since
 from grader.probe.errors import ProbeError
 
 MAGIC = b"MPSHARE\n"
@@ -147,16 +147,17 @@ class Transfers:
 
     def __sub__(self, earlier: Transfers) -> Transfers:
         """Return what was counted since `earlier`, a reading of the same probe."""
-        at = np.searchsorted(self.key, earlier.key)
-        same = len(self.merged) == len(earlier.merged) and len(earlier.key) <= len(self.key)
-        if not same or (self.key[np.minimum(at, len(self.key) - 1)] != earlier.key).any():
+        if len(self.merged) != len(earlier.merged):
             raise ProbeError(
                 "these are readings of different probes, or the second is the earlier one",
                 "subtract an earlier one of the same probe",
             )
-        loads, stores = self.row_loads.copy(), self.row_stores.copy()
-        loads[at] -= earlier.row_loads
-        stores[at] -= earlier.row_stores
+        loads, stores = rows_since(
+            self.key,
+            earlier.key,
+            (self.row_loads, earlier.row_loads),
+            (self.row_stores, earlier.row_stores),
+        )
         return Transfers(
             self.user_loads - earlier.user_loads,
             self.kernel_loads - earlier.kernel_loads,
