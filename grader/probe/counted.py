@@ -50,10 +50,16 @@ EVENTS = (
     _counted("dentry_alloc", "__d_alloc", "dentry allocations"),
     _counted("fd_alloc", "alloc_fd", "descriptors allotted"),
     _counted("sock_alloc", "sk_prot_alloc", "struct sock allocations"),
-    _counted("tcp_accept", "inet_csk_accept", "connections taken from a listener's queue"),
+    _counted(
+        "tcp_accept",
+        "inet_csk_accept inet_csk_accept_bare",
+        "connections taken from a listener's queue",
+    ),
     _counted("tcp_rcv", "tcp_v4_rcv", "TCP segments received"),
-    _counted("tcp_sendmsg", "tcp_sendmsg", "tcp_sendmsg"),
-    _counted("tcp_recvmsg", "tcp_recvmsg", "tcp_recvmsg"),
+    # What tcp_sendmsg() is under the socket's lock, which the limit and MegaPipe have by themselves;
+    # and the two ways to read.
+    _counted("tcp_sendmsg", "tcp_sendmsg_locked", "writes to a TCP connection"),
+    _counted("tcp_recvmsg", "tcp_recvmsg tcp_read_sock", "reads from a TCP connection"),
     _counted("tcp_close", "tcp_close", "connections closed by their owner"),
     _counted("wakeups", "try_to_wake_up", "attempts to wake a task"),
     _counted("queue_wakeups", "__wake_up_sync_key", "wait queues woken by a socket's callback"),

@@ -35,6 +35,8 @@ ON_DEBUG = [
     "no-memory",
     "part-storm",
     "light-convert-traffic",
+    "light-short",
+    "light-buffers",
     "light-storm",
     "signalfd",
     "file-ends",

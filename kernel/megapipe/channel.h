@@ -76,7 +76,7 @@ struct mp_channel {
 	u32 nr_held;
 
 	/* Handles that were removed and not freed, for the next connections. */
-	struct list_head spare;
+	struct mp_handle *spare[MP_MAX_SPARE];
 	u32 nr_spare;
 	/* Memory of lwsockets likewise. */
 	struct socket *spare_lw[MP_MAX_SPARE];

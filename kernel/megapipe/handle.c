@@ -50,9 +50,11 @@ static bool mp_handle_happened(struct mp_handle *h, __poll_t events)
 	unsigned long flags;
 	__poll_t armed;
 
-	spin_lock_irqsave(&ch->lock, flags);
 	/* What has happened is there before @armed is read. Pairs with mp_handle_wait(). */
-	smp_mb__after_spinlock();
+	smp_mb();
+	if (!READ_ONCE(h->armed))
+		return false;
+	spin_lock_irqsave(&ch->lock, flags);
 	armed = READ_ONCE(h->armed);
 	if (armed && (events & (armed | EPOLLERR | EPOLLHUP))) {
 		h->events = events;
@@ -83,12 +85,12 @@ static int mp_wait_callback(wait_queue_entry_t *entry, unsigned int mode, int sy
 	ready = mp_handle_happened(h, events);
 	if (ready) {
 		/*
-		 * The next connection is for the next channel: exclusive waiters
-		 * are served in the order of the queue, and this entry would
-		 * stay first.
+		 * The next connection is for the next channel. This one comes
+		 * back, last in the queue, when it waits again; until then
+		 * connections arrive without asking it.
 		 */
 		if (h->listens)
-			list_move_tail(&entry->entry, &w->head->head);
+			list_del_init(&entry->entry);
 		h->channel->batch->wake(h->channel);
 	}
 	if (unlikely(events & POLLFREE)) {
@@ -112,6 +114,18 @@ static void mp_wait_join(struct mp_wait *w, struct mp_handle *h, wait_queue_head
 		add_wait_queue_exclusive(head, &w->entry);
 	else
 		add_wait_queue(head, &w->entry);
+}
+
+/*
+ * Come back into the queue of a listener. The lock is that of the callback, which
+ * may be about to take the entry out because of the wait before.
+ */
+static noinline void mp_wait_join_again(struct mp_wait *w)
+{
+	spin_lock_irq(&w->head->lock);
+	if (list_empty(&w->entry.entry))
+		__add_wait_queue_entry_tail_exclusive(w->head, &w->entry);
+	spin_unlock_irq(&w->head->lock);
 }
 
 /* Waits for a callback that is running; after it none will. */
@@ -252,6 +266,8 @@ int mp_handle_wait(struct mp_handle *h, __poll_t events)
 		ret = mp_handle_watch(h);
 		if (ret)
 			return ret;
+	} else if (h->listens) {
+		mp_wait_join_again(&h->wait);
 	}
 	/* Armed before the file is asked. Pairs with the barrier in mp_handle_happened(). */
 	smp_mb();
@@ -326,10 +342,8 @@ struct mp_handle *mp_handle_add(struct mp_channel *ch, u32 number, u64 cookie)
 		return ERR_PTR(-EEXIST);
 	if (!mp_may_hold(ch))
 		return ERR_PTR(-EMFILE);
-	h = list_first_entry_or_null(&ch->spare, struct mp_handle, link);
-	if (h) {
-		list_del(&h->link);
-		ch->nr_spare--;
+	if (ch->nr_spare) {
+		h = ch->spare[--ch->nr_spare];
 		memset(h, 0, sizeof(*h));
 	} else {
 		h = kmem_cache_zalloc(mp_handle_cache, GFP_KERNEL);
@@ -380,12 +394,10 @@ static void mp_handle_free(struct mp_handle *h)
 	} else if (h->file) {
 		fput(h->file);
 	}
-	if (ch->nr_spare < MP_MAX_SPARE) {
-		list_add(&h->link, &ch->spare);
-		ch->nr_spare++;
-	} else {
+	if (ch->nr_spare < MP_MAX_SPARE)
+		ch->spare[ch->nr_spare++] = h;
+	else
 		kmem_cache_free(mp_handle_cache, h);
-	}
 }
 
 void mp_handle_remove(struct mp_handle *h)
@@ -397,7 +409,6 @@ void mp_handle_remove(struct mp_handle *h)
 
 void mp_handle_remove_all(struct mp_channel *ch)
 {
-	struct mp_handle *h, *next;
 	u32 number;
 
 	for (number = 0; number < ch->nr_handles; number++) {
@@ -406,8 +417,8 @@ void mp_handle_remove_all(struct mp_channel *ch)
 		cond_resched();
 	}
 	kvfree(ch->handles);
-	list_for_each_entry_safe(h, next, &ch->spare, link)
-		kmem_cache_free(mp_handle_cache, h);
+	while (ch->nr_spare)
+		kmem_cache_free(mp_handle_cache, ch->spare[--ch->nr_spare]);
 }
 
 /* --- the list of ready handles --------------------------------------------------- */

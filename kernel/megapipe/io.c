@@ -356,24 +356,24 @@ static int mp_accept_light(struct mp_handle *h)
 	return MP_LWSOCKET_BASE + slot;
 }
 
-static int mp_accept_one(struct mp_handle *h)
-{
-	int ret = -EOPNOTSUPP;
-
-	/* do_accept() would make a file first and then find nothing to accept. */
-	if (!h->kind->events(h, EPOLLIN))
-		return -EAGAIN;
-	if (h->accept_light)
-		ret = mp_accept_light(h);
-	return ret == -EOPNOTSUPP ? mp_accept_fd(h) : ret;
-}
-
-/* Is there a connection in the queue that this handle will not take now? */
+/* Is there a connection in the queue? */
 static bool mp_accept_has_more(const struct mp_handle *h)
 {
 	if (h->kind != &mp_tcp_kind)
 		return h->kind->events(h, EPOLLIN);
 	return !reqsk_queue_empty(&inet_csk(h->sock->sk)->icsk_accept_queue);
+}
+
+static int mp_accept_one(struct mp_handle *h)
+{
+	int ret = -EOPNOTSUPP;
+
+	/* do_accept() would make a file first and then find nothing, not even an error. */
+	if (!mp_accept_has_more(h) && !h->kind->events(h, EPOLLIN))
+		return -EAGAIN;
+	if (h->accept_light)
+		ret = mp_accept_light(h);
+	return ret == -EOPNOTSUPP ? mp_accept_fd(h) : ret;
 }
 
 /* Returns false if the ring has no room for what could be done. */

@@ -73,6 +73,7 @@ static __always_inline int mp_try_execute(struct mp_channel *ch, const struct mp
 {
 	const struct mp_operation *operation;
 	struct mp_handle *h;
+	bool buffer_only;
 
 	if (unlikely(req->op >= MP_NR_OPS || req->reserved))
 		return -EINVAL;
@@ -80,8 +81,9 @@ static __always_inline int mp_try_execute(struct mp_channel *ch, const struct mp
 	if (operation->on_channel)
 		return operation->on_channel(ch, req);
 
-	/* As a rule it is a buffer and nothing else, and whatever takes one has a length. */
-	if (!(operation->takes_addr && !(req->fd | req->flags) && !req->cookie) &&
+	/* As a rule it is a buffer (whatever takes one has a length) or not even that. */
+	buffer_only = !(req->fd | req->flags | req->cookie);
+	if (!(buffer_only && (operation->takes_addr || !(req->addr | req->len))) &&
 	    mp_has_too_much(operation, req))
 		return -EINVAL;
 	h = mp_handle_find(ch, req->handle);
@@ -244,7 +246,6 @@ static struct mp_channel *mp_channel_alloc(struct mp_create *args)
 		return ERR_PTR(-ENOMEM);
 	spin_lock_init(&ch->lock);
 	INIT_LIST_HEAD(&ch->ready);
-	INIT_LIST_HEAD(&ch->spare);
 	ch->lw_free = MP_NO_SLOT;
 	ch->batch = args->flags & MP_BATCH ? &mp_batched_ops : &mp_plain_ops;
 	ch->partition = args->flags & MP_PARTITION ? &mp_partitioned_ops : &mp_shared_ops;

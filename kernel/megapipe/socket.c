@@ -4,6 +4,7 @@
  */
 #include <linux/indirect_call_wrapper.h>
 #include <linux/net.h>
+#include <linux/uaccess.h>
 #include <linux/un.h>
 #include <net/inet_connection_sock.h>
 #include <net/tcp.h>
@@ -89,18 +90,145 @@ static ssize_t mp_tcp_read(struct mp_handle *h)
  * A descriptor may have come from another task, or outlive what its task may do,
  * so the security module is asked at each use. An lwsocket never leaves the
  * channel, whose owner was asked when it was accepted: it goes straight to TCP.
- * Nobody else reads from it, so that there is something, or nobody would ask.
+ *
+ * What is short is moved under the spin lock of the socket, as TCP itself works
+ * in softirq: a whole socket lock costs more than the bytes. Nothing can sleep
+ * there; what would have to (a buffer that is not in memory, no memory left)
+ * and what is not short takes the ordinary way.
  */
-ssize_t mp_lw_read(struct mp_handle *h)
+#define MP_SHORT	256	/* bytes; softirqs are off while they are copied */
+
+/* Take the spin lock of @sk, or return false: a task (ss -K, say) has locked the socket. */
+static __always_inline bool mp_short_lock(struct sock *sk)
+{
+	spin_lock_bh(&sk->sk_lock.slock);
+	if (likely(!sock_owned_by_user(sk)))
+		return true;
+	spin_unlock_bh(&sk->sk_lock.slock);
+	return false;
+}
+
+static __always_inline void mp_short_unlock(struct sock *sk)
+{
+	spin_unlock_bh(&sk->sk_lock.slock);
+}
+
+/* Where @len bytes of the packet lie in one piece, or NULL: they do not, or nobody can tell. */
+static __always_inline const void *mp_bytes_at(const struct sk_buff *skb, unsigned int offset,
+					       size_t len)
+{
+	const skb_frag_t *first = skb_shinfo(skb)->frags;
+	unsigned int linear = skb_headlen(skb);
+	const void *bytes;
+
+	if (offset + len <= linear)
+		return skb->data + offset;
+	if (offset < linear || !skb_shinfo(skb)->nr_frags || !skb_frags_readable(skb) ||
+	    offset - linear + len > skb_frag_size(first))
+		return NULL;
+	bytes = skb_frag_address_safe(first);
+	return bytes ? bytes + (offset - linear) : NULL;
+}
+
+struct mp_short_read {
+	read_descriptor_t desc;
+	const struct sk_buff_head *queue;
+};
+
+/* Called by tcp_read_sock(): copy to the user; returns how many bytes, or -EAGAIN. */
+static int mp_short_copy(read_descriptor_t *desc, struct sk_buff *skb, unsigned int offset,
+			 size_t len)
+{
+	struct mp_short_read *read = container_of(desc, struct mp_short_read, desc);
+	char __user *to = desc->arg.buf;
+	const void *from;
+
+	len = min(len, desc->count);
+	if (!len)
+		return 0;
+	if (len > MP_SHORT)
+		return -EAGAIN;
+	from = mp_bytes_at(skb, offset, len);
+	if (!from || !user_access_begin(to, len))
+		return -EAGAIN;
+	unsafe_copy_to_user(to, from, len, failed);
+	user_access_end();
+	desc->arg.buf += len;
+	desc->count -= len;
+	/* It need not look for more than there is. */
+	if (skb_queue_is_last(read->queue, skb))
+		desc->count = 0;
+	return len;
+
+failed:
+	user_access_end();
+	return -EAGAIN;
+}
+
+/* Returns how many bytes, or something else: take the ordinary way. */
+static __always_inline int mp_short_read(struct mp_handle *h)
+{
+	struct sock *sk = h->sock->sk;
+	struct mp_short_read read = {
+		.desc.arg.buf = u64_to_user_ptr(h->read_addr),
+		.desc.count = h->read_len,
+		.queue = &sk->sk_receive_queue,
+	};
+	int ret = -EAGAIN;
+
+	if (!mp_short_lock(sk))
+		return ret;
+	/* Under the lock nobody puts a layer on top. */
+	if (likely(!mp_tcp_is_layered(sk))) {
+		pagefault_disable();
+		ret = tcp_read_sock(sk, &read.desc, mp_short_copy);
+		pagefault_enable();
+	}
+	mp_short_unlock(sk);
+	return ret;
+}
+
+static noinline ssize_t mp_ordinary_read(struct mp_handle *h)
 {
 	struct sock *sk = h->sock->sk;
 	struct msghdr msg = {};
 	int unused = 0;		/* length of the peer's address, which nobody wants */
 
-	if (mp_tcp_is_over(sk))
-		return sock_error(sk) ?: -EAGAIN;
 	mp_read_iter(h, &msg.msg_iter);
 	return READ_ONCE(sk->sk_prot)->recvmsg(sk, &msg, h->read_len, MSG_DONTWAIT, &unused);
+}
+
+/* Nobody else reads from an lwsocket, so that there is something, or nobody would ask. */
+ssize_t mp_lw_read(struct mp_handle *h)
+{
+	struct sock *sk = h->sock->sk;
+	int ret;
+
+	if (mp_tcp_is_over(sk))
+		return sock_error(sk) ?: -EAGAIN;
+	ret = mp_short_read(h);
+	return likely(ret > 0) ? ret : mp_ordinary_read(h);
+}
+
+/* Returns how many bytes, or something else: take the ordinary way. */
+static __always_inline int mp_short_write(struct sock *sk, struct msghdr *msg, u32 len)
+{
+	gfp_t allocation;
+	int ret = -EAGAIN;
+
+	if (len > MP_SHORT || !mp_short_lock(sk))
+		return ret;
+	if (likely(sk->sk_prot->sendmsg == tcp_sendmsg)) {
+		/* Read and written under the socket's lock only. */
+		allocation = sk->sk_allocation;
+		sk->sk_allocation = GFP_NOWAIT | __GFP_NOWARN;
+		pagefault_disable();
+		ret = tcp_sendmsg_locked(sk, msg, len);
+		pagefault_enable();
+		sk->sk_allocation = allocation;
+	}
+	mp_short_unlock(sk);
+	return ret;
 }
 
 /* Not by way of the pointer, as long as nobody has put a layer on top. */
@@ -114,9 +242,15 @@ static __always_inline ssize_t mp_lw_send(struct sock *sk, struct msghdr *msg)
 ssize_t mp_lw_write(struct mp_handle *h, u64 addr, u32 len)
 {
 	struct msghdr msg = { .msg_flags = MSG_DONTWAIT | MSG_NOSIGNAL };
+	struct sock *sk = h->sock->sk;
+	int ret;
 
 	iov_iter_ubuf(&msg.msg_iter, ITER_SOURCE, u64_to_user_ptr(addr), len);
-	return mp_lw_send(h->sock->sk, &msg);
+	ret = mp_short_write(sk, &msg, len);
+	/* An error is told once, by whoever finds it first. */
+	if (likely(ret > 0) || (ret < 0 && ret != -EAGAIN && ret != -EFAULT))
+		return ret;
+	return mp_lw_send(sk, &msg);
 }
 
 static ssize_t mp_tcp_write(struct mp_handle *h)

@@ -371,16 +371,19 @@ void nothing_at(struct place at, struct mp_channel *ch)
 /* The same, and the kernel does not pass the time with looking again and again. */
 void sleeps_at(struct place at, struct mp_channel *ch)
 {
-	enum { WHILE = 300 };
+	enum { WHILE = 300, TRIES = 4 };
 	struct rusage before, after;
 	struct mp_event e;
-	int used;
+	int used = WHILE;
 
-	MUST(getrusage(RUSAGE_THREAD, &before));
-	EXPECT(mp_dispatch(ch, &e, WHILE), 0);
-	MUST(getrusage(RUSAGE_THREAD, &after));
-	used = (after.ru_stime.tv_sec - before.ru_stime.tv_sec) * 1000 +
-	       (after.ru_stime.tv_usec - before.ru_stime.tv_usec) / 1000;
+	/* A stalled host looks like a busy thread; one that does not sleep is busy each time. */
+	for (int i = 0; i < TRIES && used > WHILE / 2; i++) {
+		MUST(getrusage(RUSAGE_THREAD, &before));
+		EXPECT(mp_dispatch(ch, &e, WHILE), 0);
+		MUST(getrusage(RUSAGE_THREAD, &after));
+		used = (after.ru_stime.tv_sec - before.ru_stime.tv_sec) * 1000 +
+		       (after.ru_stime.tv_usec - before.ru_stime.tv_usec) / 1000;
+	}
 	if (used > WHILE / 2)
 		fail("%s:%d: expected the thread to sleep %d ms, it was busy for %d of them", at.file, at.line, WHILE, used);
 }

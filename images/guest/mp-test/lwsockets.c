@@ -11,6 +11,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
+#include <sys/mman.h>
+#include <sys/param.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 
@@ -126,6 +128,119 @@ static void test_light_write_waits(void)
 	peer_sees_end(p.peer);
 	close(p.peer);
 	free(data);
+}
+
+/* Short messages go another way than others; see MP_SHORT in the module. */
+static void echo_pieces(struct mp_channel *ch, const struct pair *p, size_t size, uint32_t room)
+{
+	char *sent = make_pattern(size), *got = calloc(1, size), *back = calloc(1, size);
+	size_t done = 0, answered = 0;
+	struct mp_event e;
+
+	TRUE(got && back);
+	EXPECT(write(p->peer, sent, size), (long)size);
+	while (done < size) {
+		EXPECT(mp_read(ch, p->handle, got + done, MIN(room, size - done)), 0);
+		e = next(ch);
+		EXPECT(e.op, MP_OP_READ);
+		TRUE(e.result > 0 && e.result <= (int)room);
+		done += e.result;
+	}
+	TRUE(!memcmp(sent, got, size));
+	while (answered < size) {
+		uint32_t part = MIN(room, size - answered);
+
+		EXPECT(mp_write(ch, p->handle, got + answered, part), 0);
+		WANT(ch, p->handle, MP_OP_WRITE, (int)part);
+		answered += part;
+	}
+	EXPECT(recv(p->peer, back, size, MSG_WAITALL), (long)size);
+	TRUE(!memcmp(sent, back, size));
+	free(sent);
+	free(got);
+	free(back);
+}
+
+static void test_light_short(void)
+{
+	static const size_t sizes[] = { 1, 2, 7, 8, 9, 64, 255, 256, 257, 600, 5000 };
+	static const uint32_t rooms[] = { 1, 3, 64, 255, 256, 257, 4096, 100000 };
+	struct mp_channel *ch = light_channel();
+	struct pair p = light_pair(ch);
+	char buffer[2000], *text = make_pattern(1000);
+	int one = 1, got = 0;
+	struct mp_event e;
+
+	for (size_t i = 0; i < sizeof(sizes) / sizeof(*sizes); i++)
+		for (size_t k = 0; k < sizeof(rooms) / sizeof(*rooms); k++)
+			echo_pieces(ch, &p, sizes[i], rooms[k]);
+	/* Packets short and long in one read. */
+	MUST(setsockopt(p.peer, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one)));
+	for (int size = 100; size <= 500; size += 200) {
+		EXPECT(write(p.peer, text + got, size), size);
+		got += size;
+	}
+	for (int at = 0; at < got; at += e.result) {
+		EXPECT(mp_read(ch, p.handle, buffer + at, sizeof(buffer) - at), 0);
+		e = next(ch);
+		EXPECT(e.op, MP_OP_READ);
+		TRUE(e.result > 0);
+	}
+	TRUE(!memcmp(buffer, text, got));
+	free(text);
+	/* The end comes with the last bytes. */
+	peer_sends(&p, "last");
+	MUST(shutdown(p.peer, SHUT_WR));
+	sleep_ms(20);
+	EXPECT(mp_read(ch, p.handle, buffer, sizeof(buffer)), 0);
+	WANT(ch, p.handle, MP_OP_READ, 4);
+	EXPECT(mp_read(ch, p.handle, buffer, sizeof(buffer)), 0);
+	WANT(ch, p.handle, MP_OP_READ, 0);
+	mp_close(ch);
+	close(p.peer);
+}
+
+/* Buffers that are not there yet, or not at all. */
+static void test_light_buffers(void)
+{
+	struct mp_channel *ch = light_channel();
+	struct pair p = light_pair(ch);
+	char *page = half_page(PROT_NONE), *constant = half_page(PROT_READ) + 4096;
+	char *fresh = mmap(NULL, 8192, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	void *const bad[] = { page + 4096, page + 4094, constant, (void *)UINTPTR_MAX };
+	struct mp_event e;
+	char buffer[16];
+
+	TRUE(fresh != MAP_FAILED);
+	/* Read into two pages that nobody has touched; write one of them. */
+	peer_sends(&p, "01234567");
+	EXPECT(mp_read(ch, p.handle, fresh + 4092, 8), 0);
+	WANT(ch, p.handle, MP_OP_READ, 8);
+	TRUE(!memcmp(fresh + 4092, "01234567", 8));
+	MUST(madvise(fresh, 8192, MADV_DONTNEED));
+	EXPECT(mp_write(ch, p.handle, fresh + 4092, 8), 0);
+	WANT(ch, p.handle, MP_OP_WRITE, 8);
+	EXPECT(recv(p.peer, buffer, 8, MSG_WAITALL), 8);
+	TRUE(!memcmp(buffer, "\0\0\0\0\0\0\0\0", 8));
+
+	for (size_t i = 0; i < sizeof(bad) / sizeof(*bad); i++) {
+		peer_sends(&p, "data");
+		EXPECT(mp_read(ch, p.handle, bad[i], 10), 0);
+		WANT(ch, p.handle, MP_OP_READ, -EFAULT);
+		/* Nothing of it is lost. */
+		EXPECT(mp_read(ch, p.handle, buffer, sizeof(buffer)), 0);
+		WANT(ch, p.handle, MP_OP_READ, 4);
+		TRUE(!memcmp(buffer, "data", 4));
+	}
+	EXPECT(mp_write(ch, p.handle, page + 4096, 10), 0);
+	WANT(ch, p.handle, MP_OP_WRITE, -EFAULT);
+	EXPECT(mp_write(ch, p.handle, page + 4090, 10), 0);
+	e = next(ch);
+	EXPECT(e.op, MP_OP_WRITE);
+	TRUE(e.result == -EFAULT || (e.result >= 0 && e.result <= 6 && e.error == -EFAULT));
+	still_works(ch);
+	mp_close(ch);
+	close(p.peer);
 }
 
 static void test_light_numbers(void)
@@ -567,6 +682,8 @@ const struct test_case lwsockets_cases[] = {
 	{ "light-echo", test_light_echo },
 	{ "light-plain", test_light_plain },
 	{ "light-write-waits", test_light_write_waits },
+	{ "light-short", test_light_short },
+	{ "light-buffers", test_light_buffers },
 	{ "light-numbers", test_light_numbers },
 	{ "light-convert", test_light_convert },
 	{ "light-convert-traffic", test_light_convert_traffic },
