@@ -56,8 +56,8 @@ EVENTS = (
         "connections taken from a listener's queue",
     ),
     _counted("tcp_rcv", "tcp_v4_rcv", "TCP segments received"),
-    # What tcp_sendmsg() is under the socket's lock, which the limit and MegaPipe have by themselves;
-    # and the two ways to read.
+    # What tcp_sendmsg() is under the lock of the socket, which the limit and MegaPipe take by
+    # themselves; and the two ways to read.
     _counted("tcp_sendmsg", "tcp_sendmsg_locked", "writes to a TCP connection"),
     _counted("tcp_recvmsg", "tcp_recvmsg tcp_read_sock", "reads from a TCP connection"),
     _counted("tcp_close", "tcp_close", "connections closed by their owner"),
