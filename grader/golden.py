@@ -41,6 +41,8 @@ LEAST_INSTRUCTIONS, LEAST_SHARE = 0.9, 0.01
 # the scheduler's, the allocator's, or done for many at a time: it goes with the moment, and of it
 # only the sum is compared.
 LEAST_CALLS, OFTEN = 0.25, 0.5
+# The scheduler's load averages: one call costs the more, the more time has passed since the last.
+AGEING = "kernel/sched/pelt.c: "
 ALL = "all functions together"
 
 
@@ -211,7 +213,7 @@ def compare(accepted: Road, now: Road) -> list[Dearer]:
     for name, cost in now.functions.items():
         before = accepted.functions.get(name, Cost(0, 0))
         calls, calls_before = cost.calls / now.transactions, before.calls / accepted.transactions
-        if calls < OFTEN:
+        if calls < OFTEN or name.startswith(AGEING):
             continue
         if calls - calls_before > LEAST_CALLS:
             dearer = Dearer(

@@ -73,6 +73,8 @@ def test_the_dearest_comes_first_and_the_sum_is_judged_as_well() -> None:
     [
         # Cheaper, and of a call so little that it is the length of a list.
         changed(mp_read=Cost(2000, 90_000)),
+        # What ages with time costs what has passed of it.
+        changed(**{"kernel/sched/pelt.c: __update_load_avg_se": Cost(1000, 5_000)}),
         changed(tcp_sendmsg=Cost(1000, 905_000)),
         # Not on every transaction's path.
         changed(schedule=Cost(110, 45_000)),
