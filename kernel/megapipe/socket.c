@@ -133,6 +133,7 @@ static __always_inline const void *mp_bytes_at(const struct sk_buff *skb, unsign
 struct mp_short_read {
 	read_descriptor_t desc;
 	const struct sk_buff_head *queue;
+	size_t left;			/* of MP_SHORT, over all packets */
 };
 
 /* Called by tcp_read_sock(): copy to the user; returns how many bytes, or -EAGAIN. */
@@ -146,7 +147,7 @@ static int mp_short_copy(read_descriptor_t *desc, struct sk_buff *skb, unsigned 
 	len = min(len, desc->count);
 	if (!len)
 		return 0;
-	if (len > MP_SHORT)
+	if (len > read->left)
 		return -EAGAIN;
 	from = mp_bytes_at(skb, offset, len);
 	if (!from || !user_access_begin(to, len))
@@ -155,6 +156,7 @@ static int mp_short_copy(read_descriptor_t *desc, struct sk_buff *skb, unsigned 
 	user_access_end();
 	desc->arg.buf += len;
 	desc->count -= len;
+	read->left -= len;
 	/* It need not look for more than there is. */
 	if (skb_queue_is_last(read->queue, skb))
 		desc->count = 0;
@@ -173,6 +175,7 @@ static __always_inline int mp_short_read(struct mp_handle *h)
 		.desc.arg.buf = u64_to_user_ptr(h->read_addr),
 		.desc.count = h->read_len,
 		.queue = &sk->sk_receive_queue,
+		.left = MP_SHORT,
 	};
 	int ret = -EAGAIN;
 
@@ -215,17 +218,22 @@ static __always_inline int mp_short_write(struct sock *sk, struct msghdr *msg, u
 {
 	gfp_t allocation;
 	int ret = -EAGAIN;
+	int sndbuf;
 
 	if (len > MP_SHORT || !mp_short_lock(sk))
 		return ret;
 	if (likely(sk->sk_prot->sendmsg == tcp_sendmsg)) {
 		/* Read and written under the socket's lock only. */
 		allocation = sk->sk_allocation;
-		sk->sk_allocation = GFP_NOWAIT | __GFP_NOWARN;
+		sk->sk_allocation = GFP_ATOMIC | __GFP_NOWARN;
+		sndbuf = sk->sk_sndbuf;
 		pagefault_disable();
 		ret = tcp_sendmsg_locked(sk, msg, len);
 		pagefault_enable();
 		sk->sk_allocation = allocation;
+		/* What had no memory has shrunk it: the ordinary way, which may wait, decides. */
+		if (unlikely(ret < 0))
+			WRITE_ONCE(sk->sk_sndbuf, sndbuf);
 	}
 	mp_short_unlock(sk);
 	return ret;
