@@ -87,7 +87,8 @@ struct mp_channel {
 	/*
 	 * @lock guards @ready, @nr_ready and, in each handle, @armed, @link and
 	 * (while the handle is armed or on the list) @events. The owner arms a
-	 * handle that is neither armed nor on the list without it.
+	 * handle that is neither armed nor on the list without it, and a callback
+	 * that finds nothing armed does not take it.
 	 * It is taken by wake-up callbacks, under the lock of a wait queue and
 	 * with interrupts off, or under sk_callback_lock, and by jobs under their
 	 * own lock; nothing is nested inside it.
@@ -104,7 +105,8 @@ struct mp_channel {
 struct mp_wait {
 	struct mp_handle *handle;
 	/*
-	 * The queue; NULL: not in one. Set by the owner; cleared by it, or by
+	 * The queue; NULL: not in one. A listener that has been told is out of it
+	 * until it waits again, and keeps this. Set by the owner; cleared by it, or by
 	 * the callback when the queue itself goes (POLLFREE).
 	 */
 	wait_queue_head_t *head;

@@ -213,7 +213,7 @@ ssize_t mp_lw_read(struct mp_handle *h)
 	return likely(ret > 0) ? ret : mp_ordinary_read(h);
 }
 
-/* Returns how many bytes, or something else: take the ordinary way. */
+/* Returns how many bytes, or an errno; -EAGAIN, -EFAULT: take the ordinary way. */
 static __always_inline int mp_short_write(struct sock *sk, struct msghdr *msg, u32 len)
 {
 	gfp_t allocation;
@@ -255,10 +255,10 @@ ssize_t mp_lw_write(struct mp_handle *h, u64 addr, u32 len)
 
 	iov_iter_ubuf(&msg.msg_iter, ITER_SOURCE, u64_to_user_ptr(addr), len);
 	ret = mp_short_write(sk, &msg, len);
-	/* An error is told once, by whoever finds it first. */
-	if (likely(ret > 0) || (ret < 0 && ret != -EAGAIN && ret != -EFAULT))
-		return ret;
-	return mp_lw_send(sk, &msg);
+	if (unlikely(ret == -EAGAIN || ret == -EFAULT))
+		return mp_lw_send(sk, &msg);
+	/* Any other error is told once, by whoever finds it first. */
+	return ret;
 }
 
 static ssize_t mp_tcp_write(struct mp_handle *h)
