@@ -31,7 +31,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from grader import agent, confined, container, limits, network
+from grader import agent, confined, container, limits, lockstep, network
 from grader.console import Console, Kind, Report, decode, essence
 from grader.errors import UserError
 
@@ -295,6 +295,8 @@ class Machine:
         self._link.setblocking(False)
         with agent_end, monitor_end:
             self._argv = self._command_line(agent_end.fileno(), monitor_end.fileno())
+            if self.config.exact:
+                self._argv[:0] = lockstep.prefix()
             self.console = Console(
                 self.sandbox.command([*self._apart(), *self._argv]),
                 transcript=self._transcript,
@@ -333,7 +335,8 @@ class Machine:
             return []
         config = self.config
         argv = ["bwrap", "--die-with-parent", "--cap-drop", "ALL", *confined.system_files()]
-        for path in (config.kernel, config.initramfs):
+        libraries = lockstep.libraries() if config.exact else []
+        for path in (config.kernel, config.initramfs, *libraries):
             argv += confined.visible(path.absolute())
         for path in (*([config.disk] if config.disk else []), *config.opened):
             argv += confined.visible(path.absolute(), writable=True)

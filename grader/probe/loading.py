@@ -80,12 +80,16 @@ def candidates(version: str) -> list[int]:
 
 def build(api: int, output: Path, name: str = "probe") -> None:
     """Compile the plugin `name`.c for one version of the interface."""
+    compile_library(Path(__file__).parent / f"{name}.c", output, f"-DPROBE_API_VERSION={api}")
+
+
+def compile_library(source: Path, output: Path, *options: str) -> None:
+    """Compile a library that QEMU loads. Raises `PluginUnavailable` with what to do."""
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
     if compiler is None:
-        raise PluginUnavailable("no C compiler for the probe", "install gcc")
-    source = Path(__file__).parent / f"{name}.c"
+        raise PluginUnavailable(f"no C compiler for {source.name}", "install gcc")
     run = subprocess.run(
-        [compiler, *FLAGS, f"-DPROBE_API_VERSION={api}", "-o", output, source],
+        [compiler, *FLAGS, *options, "-o", output, source],
         capture_output=True,
         text=True,
         check=False,

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from grader import exact, latency
+from grader import exact, latency, lockstep
 from grader.errors import UsageError
 from grader.experiment import ExperimentFailed, slope
 from grader.lab import LoadShape, load_lab
+from grader.probe.loading import compile_library
 from grader.probe.lock_file import Locks
 from grader.progress import Progress
-from grader.samples import Cell, LockUse
+from grader.samples import Cell, LockUse, Sample
 from grader.station import Built, Stopped, build_solution
 from images.build import Image
 
@@ -146,6 +147,48 @@ def test_two_runs_are_identical(built: Built, stop: threading.Event, turn: int) 
     transactions = first.short.transactions + first.long.transactions
     assert sum(use.visits for use in sockets) > transactions
     assert all(use.held > use.visits >= use.handovers for use in first.locks)
+
+
+RESTLESS = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+/* The main loop wakes up by itself, 300 us after the last time at most. */
+__attribute__((visibility("default")))
+int ppoll(struct pollfd *fds, nfds_t count, const struct timespec *timeout, const sigset_t *mask)
+{
+	static int (*real)(struct pollfd *, nfds_t, const struct timespec *, const sigset_t *);
+	struct timespec soon = { .tv_nsec = rand() % 300000 };
+
+	if (!real)
+		real = dlsym(RTLD_NEXT, "ppoll");
+	return real(fds, count, gettid() == getpid() ? &soon : timeout, mask);
+}
+"""
+
+
+@pytest.mark.vm
+def test_when_the_host_wakes_the_main_loop_does_not_matter(
+    built: Built, stop: threading.Event, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, restless = tmp_path / "restless.c", tmp_path / "restless.so"
+    source.write_text(RESTLESS)
+    compile_library(source, restless)
+    lockstep_itself = lockstep.libraries()
+    made = exact.image(built)
+
+    def measured(*libraries: Path) -> Sample:
+        monkeypatch.setattr(lockstep, "libraries", lambda: list(libraries))
+        sample = exact.measure_cell(built, made, Cell(1, 64, 1), "P", exact.Setting(), stop)
+        return dataclasses.replace(sample, seconds=0.0)
+
+    expected = measured(*lockstep_itself)
+    assert measured(*lockstep_itself, restless) == expected
+    # It would, if the main loop came in whenever it likes.
+    assert any(measured(restless) != expected for _ in range(2))
 
 
 @pytest.mark.vm
