@@ -21,7 +21,7 @@ enum { MAX_EVENTS = 256 };
 struct connection {
 	int fd;
 	int begin, end;		/* bytes of buffer[] still to be written */
-	char buffer[];
+	char buffer[] SERVER_ALIGNED;
 };
 
 static void watch(int epoll, int how, struct connection *c, unsigned int events)

@@ -20,7 +20,7 @@ struct connection {
 	int messages;
 	bool leaves;		/* its channel, with the next message */
 	int length, room;	/* then: bytes to be returned, and room for so many */
-	char buffer[];
+	char buffer[] SERVER_ALIGNED;
 };
 
 struct worker {

@@ -140,12 +140,6 @@ struct mp_handle {
 	__poll_t pending;
 	u32 accepts;			/* left of an accept; 0: a read is meant */
 	bool accept_light;
-	u32 read_len;
-	u64 read_addr;
-	u32 read_moved;			/* bytes so far, of a file with a position */
-	loff_t read_pos;		/* with MP_AT_OFFSET, or -1 */
-	loff_t write_pos;
-	struct mp_write write;
 	struct mp_job *read_job;	/* see job.c */
 	struct mp_job *write_job;
 
@@ -155,9 +149,22 @@ struct mp_handle {
 	struct list_head link;		/* in channel->ready or a batch, or empty */
 
 	/* How it learns of events: from wait queues, or as the lab's ->watch() has it. */
-	struct mp_wait wait;
-	struct mp_wait *second;		/* of a file with two queues (pipes) */
 	bool watched;			/* ->unwatch() is to be called */
+	struct mp_wait *second;		/* of a file with two queues (pipes) */
+
+	/*
+	 * From here on a handle that is used again is as it was left, for most of it is
+	 * written before it is read. The rest, @write.iov and @wait.head, is NULL then.
+	 */
+	struct_group(kept,
+		u32 read_len;
+		u32 read_moved;		/* bytes so far, of a file with a position */
+		u64 read_addr;
+		loff_t read_pos;	/* with MP_AT_OFFSET, or -1 */
+		loff_t write_pos;
+		struct mp_write write;
+		struct mp_wait wait;
+	);
 };
 
 /*

@@ -302,15 +302,13 @@ void mp_handle_notify(struct mp_handle *h, __poll_t events)
 
 /* --- making and removing handles ------------------------------------------------ */
 
-static int mp_handle_make_slot(struct mp_channel *ch, u32 number)
+static noinline int mp_handle_make_slot(struct mp_channel *ch, u32 number)
 {
 	struct mp_handle **more;
 	u32 slots;
 
 	if (number >= MP_MAX_HANDLES)
 		return -EINVAL;
-	if (number < ch->nr_handles)
-		return 0;
 	slots = max(64UL, roundup_pow_of_two(number + 1));
 	more = kvcalloc(slots, sizeof(*more), GFP_KERNEL_ACCOUNT);
 	if (!more)
@@ -335,16 +333,18 @@ struct mp_handle *mp_handle_add(struct mp_channel *ch, u32 number, u64 cookie)
 	struct mp_handle *h;
 	int ret;
 
-	ret = mp_handle_make_slot(ch, number);
-	if (ret)
-		return ERR_PTR(ret);
+	if (unlikely(number >= ch->nr_handles)) {
+		ret = mp_handle_make_slot(ch, number);
+		if (ret)
+			return ERR_PTR(ret);
+	}
 	if (ch->handles[number])
 		return ERR_PTR(-EEXIST);
 	if (!mp_may_hold(ch))
 		return ERR_PTR(-EMFILE);
 	if (ch->nr_spare) {
 		h = ch->spare[--ch->nr_spare];
-		memset(h, 0, sizeof(*h));
+		memset(h, 0, offsetof(struct mp_handle, kept));
 	} else {
 		h = kmem_cache_zalloc(mp_handle_cache, GFP_KERNEL);
 		if (!h)

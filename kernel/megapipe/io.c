@@ -30,6 +30,12 @@ static bool mp_socket_listens(const struct socket *sock)
 	return READ_ONCE(sock->sk->sk_state) == TCP_LISTEN;
 }
 
+/* What listens has no bytes. An lwsocket is a connection. */
+static __always_inline bool mp_has_no_bytes(const struct mp_handle *h)
+{
+	return !h->light && h->sock && mp_socket_listens(h->sock);
+}
+
 /* There is something to free after writev only. */
 static __always_inline void mp_write_free(struct mp_write *w)
 {
@@ -423,7 +429,7 @@ int mp_accept(struct mp_handle *h, const struct mp_request *req)
 
 /* --- read -------------------------------------------------------------------- */
 
-static void mp_read_done(struct mp_handle *h, ssize_t result)
+static __always_inline void mp_read_done(struct mp_handle *h, ssize_t result)
 {
 	struct mp_completion c = { .op = MP_OP_READ, .result = result };
 
@@ -431,7 +437,7 @@ static void mp_read_done(struct mp_handle *h, ssize_t result)
 	mp_complete(h, c);
 }
 
-static bool mp_try_read(struct mp_handle *h)
+static __always_inline bool mp_try_read(struct mp_handle *h)
 {
 	ssize_t ret;
 
@@ -464,7 +470,7 @@ int mp_read(struct mp_handle *h, const struct mp_request *req)
 	int ret;
 
 	/* Nothing read means end of file, so nothing must not be asked for. */
-	if (!len || (h->sock && mp_socket_listens(h->sock)))
+	if (!len || mp_has_no_bytes(h))
 		return -EINVAL;
 	ret = mp_request_pos(h, req, &pos);
 	if (ret)
@@ -547,7 +553,7 @@ int mp_write(struct mp_handle *h, const struct mp_request *req)
 	loff_t pos;
 	int ret;
 
-	if (h->sock && mp_socket_listens(h->sock))
+	if (mp_has_no_bytes(h))
 		return -EINVAL;
 	ret = mp_request_pos(h, req, &pos);
 	if (ret)

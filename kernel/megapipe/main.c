@@ -61,7 +61,7 @@ static const struct mp_operation mp_operations[MP_NR_OPS] = {
 };
 
 /* Has the request something that its operation does not take? */
-static noinline bool mp_has_too_much(const struct mp_operation *operation,
+static bool mp_has_too_much(const struct mp_operation *operation,
 				     const struct mp_request *req)
 {
 	return req->fd || req->flags & ~operation->flags ||
@@ -69,27 +69,38 @@ static noinline bool mp_has_too_much(const struct mp_operation *operation,
 	       (req->addr && !operation->takes_addr) || (req->len && !operation->takes_len);
 }
 
+static __always_inline int mp_run_operation(struct mp_channel *ch, const struct mp_request *req,
+					    const struct mp_operation *operation)
+{
+	struct mp_handle *h = mp_handle_find(ch, req->handle);
+
+	if (unlikely(!h))
+		return -ENOENT;
+	return operation->run(h, req);
+}
+
+static noinline int mp_check_and_run(struct mp_channel *ch, const struct mp_request *req,
+				     const struct mp_operation *operation)
+{
+	if (mp_has_too_much(operation, req))
+		return -EINVAL;
+	return mp_run_operation(ch, req, operation);
+}
+
 static __always_inline int mp_try_execute(struct mp_channel *ch, const struct mp_request *req)
 {
 	const struct mp_operation *operation;
-	struct mp_handle *h;
-	bool buffer_only;
 
 	if (unlikely(req->op >= MP_NR_OPS || req->reserved))
 		return -EINVAL;
 	operation = &mp_operations[array_index_nospec(req->op, MP_NR_OPS)];
 	if (operation->on_channel)
 		return operation->on_channel(ch, req);
-
 	/* As a rule it is a buffer (whatever takes one has a length) or not even that. */
-	buffer_only = !(req->fd | req->flags | req->cookie);
-	if (!(buffer_only && (operation->takes_addr || !(req->addr | req->len))) &&
-	    mp_has_too_much(operation, req))
-		return -EINVAL;
-	h = mp_handle_find(ch, req->handle);
-	if (unlikely(!h))
-		return -ENOENT;
-	return operation->run(h, req);
+	if (likely(!(req->fd | req->flags | req->cookie) &&
+		   (operation->takes_addr || !(req->addr | req->len))))
+		return mp_run_operation(ch, req, operation);
+	return mp_check_and_run(ch, req, operation);
 }
 
 /* The cookie that goes with a failed request: its handle's, or the one that it brought. */

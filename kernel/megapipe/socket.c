@@ -3,6 +3,7 @@
  * MegaPipe: the kinds of sockets. What they all do is in io.c.
  */
 #include <linux/indirect_call_wrapper.h>
+#include <linux/instrumented.h>
 #include <linux/net.h>
 #include <linux/uaccess.h>
 #include <linux/un.h>
@@ -93,10 +94,14 @@ static ssize_t mp_tcp_read(struct mp_handle *h)
  *
  * What is short is moved under the spin lock of the socket, as TCP itself works
  * in softirq: a whole socket lock costs more than the bytes. Nothing can sleep
- * there; what would have to (a buffer that is not in memory, no memory left)
- * and what is not short takes the ordinary way.
+ * there; what would have to (a buffer that is not in memory, no memory left, a
+ * memory cgroup that may have to be shrunk) and what is not short takes the
+ * ordinary way. A read of several packets ends before one that would.
  */
 #define MP_SHORT	256	/* bytes; softirqs are off while they are copied */
+
+/* As much must have been charged for the socket already: a packet with MP_SHORT bytes. */
+#define MP_SHORT_CHARGED	2048
 
 /* Take the spin lock of @sk, or return false: a task (ss -K, say) has locked the socket. */
 static __always_inline bool mp_short_lock(struct sock *sk)
@@ -150,10 +155,12 @@ static int mp_short_copy(read_descriptor_t *desc, struct sk_buff *skb, unsigned 
 	if (len > read->left)
 		return -EAGAIN;
 	from = mp_bytes_at(skb, offset, len);
-	if (!from || !user_access_begin(to, len))
+	if (!from)
 		return -EAGAIN;
-	unsafe_copy_to_user(to, from, len, failed);
-	user_access_end();
+	/* mp_read() has looked at the address. What was copied of it before a fault is copied again. */
+	instrument_copy_to_user(to, from, len);
+	if (raw_copy_to_user(to, from, len))
+		return -EAGAIN;
 	desc->arg.buf += len;
 	desc->count -= len;
 	read->left -= len;
@@ -161,10 +168,6 @@ static int mp_short_copy(read_descriptor_t *desc, struct sk_buff *skb, unsigned 
 	if (skb_queue_is_last(read->queue, skb))
 		desc->count = 0;
 	return len;
-
-failed:
-	user_access_end();
-	return -EAGAIN;
 }
 
 /* Returns how many bytes, or something else: take the ordinary way. */
@@ -186,6 +189,8 @@ static __always_inline int mp_short_read(struct mp_handle *h)
 		pagefault_disable();
 		ret = tcp_read_sock(sk, &read.desc, mp_short_copy);
 		pagefault_enable();
+		if (likely(ret > 0))
+			sk_peek_offset_bwd(sk, ret);
 	}
 	mp_short_unlock(sk);
 	return ret;
@@ -207,10 +212,15 @@ ssize_t mp_lw_read(struct mp_handle *h)
 	struct sock *sk = h->sock->sk;
 	int ret;
 
-	if (mp_tcp_is_over(sk))
-		return sock_error(sk) ?: -EAGAIN;
-	ret = mp_short_read(h);
-	return likely(ret > 0) ? ret : mp_ordinary_read(h);
+	if (skb_queue_empty_lockless(&sk->sk_receive_queue)) {
+		if (mp_tcp_is_over(sk))
+			return sock_error(sk) ?: -EAGAIN;
+	} else {
+		ret = mp_short_read(h);
+		if (likely(ret > 0))
+			return ret;
+	}
+	return mp_ordinary_read(h);
 }
 
 /* Returns how many bytes, or an errno; -EAGAIN, -EFAULT: take the ordinary way. */
@@ -222,7 +232,8 @@ static __always_inline int mp_short_write(struct sock *sk, struct msghdr *msg, u
 
 	if (len > MP_SHORT || !mp_short_lock(sk))
 		return ret;
-	if (likely(sk->sk_prot->sendmsg == tcp_sendmsg)) {
+	if (likely(sk->sk_prot->sendmsg == tcp_sendmsg &&
+		   sk->sk_forward_alloc >= MP_SHORT_CHARGED)) {
 		/* Read and written under the socket's lock only. */
 		allocation = sk->sk_allocation;
 		sk->sk_allocation = GFP_ATOMIC | __GFP_NOWARN;

@@ -149,7 +149,9 @@ static void told_write_space(struct sock *sk)
 
 static void told_state_change(struct sock *sk)
 {
-	tell(sk, EPOLLIN | EPOLLOUT | EPOLLHUP);
+	/* With an error it is told as one, right after this. */
+	if (!READ_ONCE(sk->sk_err))
+		tell(sk, EPOLLIN | EPOLLOUT | EPOLLHUP);
 }
 
 static void told_error_report(struct sock *sk)

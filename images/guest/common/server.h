@@ -59,6 +59,9 @@ int server_main_in_kernel(int argc, char **argv, const char *about,
 void *server_connection_get(size_t bytes);
 void server_connection_put(void *connection);
 
+/* For the buffer in it: the kernel copies whole words to it, and no odd bytes at its ends. */
+#define SERVER_ALIGNED	__attribute__((aligned(16)))
+
 /* This thread can take connections now. */
 void server_ready(void);
 
