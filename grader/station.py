@@ -40,7 +40,7 @@ DEBUG_SLOWNESS = 5.0
 # but images/guest/exact-clients.c), and how long it may take from one to the next.
 MARK = "__x64_sys_personality"
 MARK_SECONDS = 600.0
-POLL_SECONDS = 0.002
+POLL_SECONDS = 0.02
 
 
 class Stopped(Exception):
