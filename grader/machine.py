@@ -373,7 +373,11 @@ class Machine:
         else:
             argv += ["-device", "virtio-serial-pci,max_ports=2"]
             argv += ["-device", f"virtserialport,chardev=agent,name={_PORT}"]
-        argv += ["-chardev", f"socket,id=monitor,fd={monitor_fd}"]
+        monitor = f"socket,id=monitor,fd={monitor_fd}"
+        if config.exact:
+            # Otherwise the monitor has a thread of its own, which QEMU wakes at each turn's end.
+            monitor += ",mux=on"
+        argv += ["-chardev", monitor]
         argv += ["-mon", "chardev=monitor,mode=control"]
         if config.exact:
             # Time is the number of instructions executed. It skips what nobody would execute.
