@@ -354,22 +354,25 @@ int mp_drop(struct mp_channel *ch, int lwsocket)
 
 /* --- events -------------------------------------------------------------------- */
 
-/* Returns false if this completion is not for the application. */
-static bool deliver(struct mp_channel *ch, const struct mp_completion *c, struct mp_event *event)
+/*
+ * Returns 1 if this completion is for the application, 0 if not, or the lwsocket
+ * that came with it and has to be dropped.
+ */
+static int deliver(struct mp_channel *ch, const struct mp_completion *c, struct mp_event *event)
 {
 	if (c->op == MP_OP_DROP)	/* comes only if it failed: it was gone */
-		return false;
+		return 0;
 	if (c->handle >= (unsigned int)ch->nr_handles)
-		return false;
+		return 0;
 	if (ch->handles[c->handle].state == HANDLE_LEAVING) {
 		/* Whatever came before the handle was out is dropped. */
 		if (c->op == MP_OP_UNREGISTER)
 			handle_free(ch, c->handle);
 		else if (c->op == MP_OP_ACCEPT && c->result >= 0 && mp_is_lwsocket(c->result))
-			mp_drop(ch, c->result);
+			return c->result;
 		else
 			discard(c);
-		return false;
+		return 0;
 	}
 	*event = (struct mp_event){
 		.cookie = (void *)(uintptr_t)c->cookie,
@@ -380,7 +383,7 @@ static bool deliver(struct mp_channel *ch, const struct mp_completion *c, struct
 		.queued = c->queued,
 		.more = c->flags & MP_MORE,
 	};
-	return true;
+	return 1;
 }
 
 static long long now_ms(void)
@@ -394,8 +397,7 @@ static long long now_ms(void)
 int mp_dispatch(struct mp_channel *ch, struct mp_event *event, int timeout_ms)
 {
 	long long deadline = timeout_ms > 0 ? now_ms() + timeout_ms : 0;
-	bool delivered;
-	int ret;
+	int delivered, ret;
 
 	for (;;) {
 		if (ch->aside_count) {
@@ -409,8 +411,11 @@ int mp_dispatch(struct mp_channel *ch, struct mp_event *event, int timeout_ms)
 			delivered = deliver(ch, first_completion(ch), event);
 			release_completion(ch);
 		}
-		if (delivered)
+		if (delivered == 1)
 			return 1;
+		/* The completion is out: to make room for the request may set aside what is in. */
+		if (delivered)
+			mp_drop(ch, delivered);
 		/* What was dropped took its time, too. */
 		if (timeout_ms > 0) {
 			long long left = deadline - now_ms();

@@ -678,6 +678,48 @@ static void test_light_storm(void)
 	close(listener);
 }
 
+/*
+ * Lwsockets that nobody will see any more are dropped while both rings are full:
+ * the drop is a request that has to make room first.
+ */
+static void test_light_no_room(void)
+{
+	enum { COUNT = 8, WRITES = 3 };
+	struct mp_options options = {
+		.flags = MP_LWSOCKET | (batch ? MP_BATCH : 0),
+		.requests = WRITES + 1,
+		.completions = COUNT,
+	};
+	struct mp_channel *ch = mp_create(&options);
+	int listener = listening(), peers[COUNT], handle;
+	struct pair p;
+
+	TRUE(ch);
+	p = added_pair(ch, 0);
+	handle = add(ch, listener);
+	for (int i = 0; i < COUNT; i++)
+		peers[i] = connected(listener);
+	wait_backlog(listener, COUNT);
+	EXPECT(mp_accept(ch, handle, COUNT, true), 0);
+	EXPECT(mp_flush(ch), 0);
+	/* Neither the writes nor this find room for their completions. */
+	for (int i = 0; i < WRITES; i++)
+		EXPECT(mp_write(ch, p.handle, "abc" + i, 1), 0);
+	EXPECT(mp_unregister(ch, handle), 0);
+	for (int i = 0; i < WRITES; i++)
+		WANT(ch, p.handle, MP_OP_WRITE, 1);
+	NOTHING(ch);
+	peer_gets(&p, "abc");
+	for (int i = 0; i < COUNT; i++) {
+		peer_sees_end(peers[i]);
+		close(peers[i]);
+	}
+	still_works(ch);
+	close(listener);
+	end_pair(&p);
+	mp_close(ch);
+}
+
 const struct test_case lwsockets_cases[] = {
 	{ "light-echo", test_light_echo },
 	{ "light-plain", test_light_plain },
@@ -685,6 +727,7 @@ const struct test_case lwsockets_cases[] = {
 	{ "light-short", test_light_short },
 	{ "light-buffers", test_light_buffers },
 	{ "light-numbers", test_light_numbers },
+	{ "light-no-room", test_light_no_room },
 	{ "light-convert", test_light_convert },
 	{ "light-convert-traffic", test_light_convert_traffic },
 	{ "light-ends", test_light_ends },
