@@ -55,7 +55,7 @@ static _Thread_local bool runs_vcpus;
  * Each side writes its own word, then reads the other's (sequentially consistent), so that at
  * least one of them sees the other.
  */
-static atomic_int stands;	/* a futex: the vCPUs' thread does not run, and only its waker can tell it to */
+static atomic_int stands;	/* a futex: the vCPUs' thread sleeps, until it is woken */
 static atomic_bool main_runs;
 
 static void *next(const char *name)

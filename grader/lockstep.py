@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from grader import cache
@@ -31,6 +32,6 @@ def libraries() -> list[Path]:
     return [library]
 
 
-def prefix() -> list[str]:
+def prefix(libraries: Sequence[Path]) -> list[str]:
     """Return the words before QEMU's command line that have the libraries loaded into it."""
-    return ["env", f"LD_PRELOAD={':'.join(map(str, libraries()))}"]
+    return ["env", f"LD_PRELOAD={':'.join(map(str, libraries))}"]

@@ -295,10 +295,11 @@ class Machine:
         self._link.setblocking(False)
         with agent_end, monitor_end:
             self._argv = self._command_line(agent_end.fileno(), monitor_end.fileno())
-            if self.config.exact:
-                self._argv[:0] = lockstep.prefix()
+            libraries = lockstep.libraries() if self.config.exact else []
+            if libraries:
+                self._argv[:0] = lockstep.prefix(libraries)
             self.console = Console(
-                self.sandbox.command([*self._apart(), *self._argv]),
+                self.sandbox.command([*self._apart(libraries), *self._argv]),
                 transcript=self._transcript,
                 descriptors=(agent_end.fileno(), monitor_end.fileno()),
             )
@@ -326,7 +327,7 @@ class Machine:
         """Whether nothing holds the emulator apart but the machine, which is thrown away."""
         return self.config.exact and container.thrown_away()
 
-    def _apart(self) -> list[str]:
+    def _apart(self, libraries: Sequence[Path]) -> list[str]:
         """Return the command that runs the emulator where it sees only what it opens.
 
         It has no capability there: a guest that breaks out of it finds nothing to go on with.
@@ -335,7 +336,6 @@ class Machine:
             return []
         config = self.config
         argv = ["bwrap", "--die-with-parent", "--cap-drop", "ALL", *confined.system_files()]
-        libraries = lockstep.libraries() if config.exact else []
         for path in (config.kernel, config.initramfs, *libraries):
             argv += confined.visible(path.absolute())
         for path in (*([config.disk] if config.disk else []), *config.opened):

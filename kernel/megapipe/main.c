@@ -61,8 +61,7 @@ static const struct mp_operation mp_operations[MP_NR_OPS] = {
 };
 
 /* Has the request something that its operation does not take? */
-static bool mp_has_too_much(const struct mp_operation *operation,
-				     const struct mp_request *req)
+static bool mp_has_too_much(const struct mp_operation *operation, const struct mp_request *req)
 {
 	return req->fd || req->flags & ~operation->flags ||
 	       (req->cookie && !(req->flags & MP_AT_OFFSET)) ||

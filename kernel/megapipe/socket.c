@@ -157,7 +157,7 @@ static int mp_short_copy(read_descriptor_t *desc, struct sk_buff *skb, unsigned 
 	from = mp_bytes_at(skb, offset, len);
 	if (!from)
 		return -EAGAIN;
-	/* mp_read() has looked at the address. What was copied of it before a fault is copied again. */
+	/* mp_read() has looked at the address. What came before a fault is copied again. */
 	instrument_copy_to_user(to, from, len);
 	if (raw_copy_to_user(to, from, len))
 		return -EAGAIN;
