@@ -282,7 +282,7 @@ char *half_page(int protection)
 
 /* --- channels through the library ------------------------------------------------- */
 
-static struct mp_channel *make_channel(const struct mp_options *options)
+struct mp_channel *make_channel(const struct mp_options *options)
 {
 	struct mp_channel *ch = mp_create(options);
 

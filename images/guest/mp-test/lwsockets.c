@@ -690,11 +690,10 @@ static void test_light_no_room(void)
 		.requests = WRITES + 1,
 		.completions = COUNT,
 	};
-	struct mp_channel *ch = mp_create(&options);
+	struct mp_channel *ch = make_channel(&options);
 	int listener = listening(), peers[COUNT], handle;
 	struct pair p;
 
-	TRUE(ch);
 	p = added_pair(ch, 0);
 	handle = add(ch, listener);
 	for (int i = 0; i < COUNT; i++)

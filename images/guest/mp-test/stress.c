@@ -207,9 +207,7 @@ static void __attribute__((noreturn)) serve(uint64_t seed)
 		int events = random_next(&seed) % 2000;
 
 		s->seed = seed;
-		s->ch = mp_create(&options);
-		if (!s->ch)
-			fail("stress: mp_create: %s", strerror(errno));
+		s->ch = make_channel(&options);
 		for (int i = 0; i < CONNECTIONS; i++)
 			s->connections[i].handle = s->connections[i].fd = -1;
 		for (int i = 0; i < LISTENERS; i++)

@@ -131,6 +131,7 @@ char *half_page(int protection);
 
 /* --- channels through the library ------------------------------------------------- */
 
+struct mp_channel *make_channel(const struct mp_options *options);
 struct mp_channel *channel_of(unsigned int requests, unsigned int completions);
 /* With MP_PARTITION, MP_LWSOCKET; batching or not as the mode is. */
 struct mp_channel *channel_with(unsigned int flags);
