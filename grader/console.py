@@ -16,12 +16,14 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import pexpect
+import psutil
 
 from grader import limits
 
@@ -287,6 +289,8 @@ _HEAD_BYTES = 1 << 20
 _TAIL_BYTES = 1 << 18
 _MAX_REPORTS = 100
 _MATCHED = 1 << 16
+# For a program that was killed to be gone.
+_END_LIMIT = 3.0
 
 
 class Transcript:
@@ -504,7 +508,20 @@ class Console:
         """End the program, read the rest, and close the terminal and the transcript."""
         if not self._child.closed:
             if self.alive:
-                os.kill(self.pid, signal.SIGTERM)
+                self._end()
             self.poll()
             self._child.close(force=True)
         self.transcript.close()
+
+    def _end(self) -> None:
+        # Who runs a program in a sandbox for us (nsenter) stays outside, waits for it and ends
+        # with it. If it ended first, the program would be left to the machine's first process,
+        # which may take seconds to notice, and in some containers never does; until then the
+        # sandbox does not go away.
+        inner = psutil.Process(self.pid).children()
+        for process in inner or [psutil.Process(self.pid)]:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL if inner else signal.SIGTERM)
+        limit = time.monotonic() + limits.scaled(_END_LIMIT)
+        while inner and self.alive and time.monotonic() < limit:
+            time.sleep(0.01)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import os
 import platform
 import re
@@ -30,6 +29,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
+
+import pexpect
+from pexpect.fdpexpect import fdspawn
 
 from grader import agent, confined, container, limits, lockstep, network
 from grader.console import Console, Kind, Report, decode, essence
@@ -289,8 +291,11 @@ class Machine:
             self.sandbox.add_tap(self.config.queue_pairs)
         # Socket pairs: unlike a socket with a name, they leave nothing to clear away.
         self._link, agent_end = socket.socketpair()
-        self._monitor, monitor_end = socket.socketpair()
-        for end in (self._link, self._monitor):
+        monitor, monitor_end = socket.socketpair()
+        self._monitor = fdspawn(
+            monitor, timeout=self.scaled(_GRACE), encoding="utf-8", codec_errors="replace"
+        )
+        for end in (self._link, monitor):
             self._stack.callback(end.close)
         self._link.setblocking(False)
         with agent_end, monitor_end:
@@ -373,12 +378,10 @@ class Machine:
         else:
             argv += ["-device", "virtio-serial-pci,max_ports=2"]
             argv += ["-device", f"virtserialport,chardev=agent,name={_PORT}"]
-        monitor = f"socket,id=monitor,fd={monitor_fd}"
-        if config.exact:
-            # Otherwise the monitor has a thread of its own, which QEMU wakes at each turn's end.
-            monitor += ",mux=on"
-        argv += ["-chardev", monitor]
-        argv += ["-mon", "chardev=monitor,mode=control"]
+        # The one for people: QMP would have a thread of its own, woken whenever virtual time is
+        # asked for, which in exact mode is at each turn's end.
+        argv += ["-chardev", f"socket,id=monitor,fd={monitor_fd}"]
+        argv += ["-mon", "chardev=monitor,mode=readline"]
         if config.exact:
             # Time is the number of instructions executed. It skips what nobody would execute.
             argv += ["-icount", "shift=0,sleep=off", "-rtc", "base=2012-10-08,clock=vm"]
@@ -569,31 +572,28 @@ class Machine:
         """Return what lies in the guest's physical memory, while it runs on."""
         name = "memory"
         try:
-            inside = str(self.sandbox.folder_inside / name)
-            self._ask("pmemsave", val=address, size=size, filename=inside)
+            inside = self.sandbox.folder_inside / name
+            self._ask(f'pmemsave {address:#x} {size} "{inside}"')
             return (self.sandbox.folder / name).read_bytes()
         except OSError as error:
             raise self._lost(f"the guest's memory cannot be read: {error}") from None
         finally:
             (self.sandbox.folder / name).unlink(missing_ok=True)
 
-    def _ask(self, command: str, **arguments: object) -> None:
+    def _ask(self, command: str) -> None:
         """Have the emulator's monitor do something. Raises `OSError` if it does not."""
-        self._monitor.settimeout(self.scaled(_GRACE))
-        with self._monitor.makefile("rwb") as monitor:
-            # Negotiating once more than once is refused, and does no harm.
-            for request in (
-                {"execute": "qmp_capabilities"},
-                {"execute": command, "arguments": arguments, "id": command},
-            ):
-                monitor.write(json.dumps(request).encode() + b"\n")
-            monitor.flush()
-            while answer := json.loads(monitor.readline() or b"{}"):
-                if answer.get("id") == command:
-                    if "error" in answer:
-                        raise OSError(answer["error"]["desc"])
-                    return
-        raise OSError("the emulator's monitor is gone")
+        prompt = "(qemu) "
+        try:
+            if self._monitor.after is None:
+                self._monitor.expect_exact(prompt)
+            self._monitor.sendline(command)
+            self._monitor.expect_exact(prompt)
+        except pexpect.ExceptionPexpect as error:
+            raise OSError("the emulator's monitor does not answer") from error
+        # First the command itself, as it was typed, then what went wrong, if anything did.
+        _, _, problem = str(self._monitor.before).partition("\r\n")
+        if problem:
+            raise OSError(problem.strip())
 
     def environment(self) -> dict[str, Any]:
         """Return what is needed to repeat this boot, as plain data for a result file."""
@@ -721,7 +721,7 @@ class Machine:
     def _inject_nmi(self) -> None:
         # An emulator that is gone or stuck does not take it, and the error is about that anyway.
         with suppress(OSError):
-            self._ask("inject-nmi")
+            self._ask("nmi")
 
     # ---- interrupts ----------------------------------------------------------------------------
 
