@@ -599,6 +599,7 @@ def profile(
         "grade": "a result of grade --json, again and again (default: the recorded ones)",
         "exact": "a result of bench --exact --sharing (default: the recorded one)",
         "latency": "a result of latency (default: the recorded one)",
+        "sizes": "a result of bench --exact over several --sizes (default: the recorded one)",
     },
 )
 def plot(
@@ -609,6 +610,7 @@ def plot(
     grade: Sequence[str] | None = None,
     exact: str = "",
     latency: str = "",
+    sizes: str = "",
 ) -> None:
     """Write the notebooks' pictures as SVG and PNG."""
     from grader.progress import Progress
@@ -617,7 +619,7 @@ def plot(
     progress = Progress()
     folder = Path(out) if out else setup.ROOT / "results" / "plots"
     with progress.phase("pictures"):
-        pictures = running.all_pictures(bench, sharing, grade or (), exact, latency)
+        pictures = running.all_pictures(bench, sharing, grade or (), exact, latency, sizes)
         written = running.plot(pictures, folder, progress)
     progress.say(f"{folder}: {len(written)} files")
 

@@ -245,7 +245,7 @@ def measure_cell(
     begin = time.monotonic()
     found = measure(built, made, SERVERS[server], shape(cell), cell.vcpus, setting, stop)
     seconds = round(time.monotonic() - begin, 3)
-    return Sample(cell, server, 0, 1, seconds, found.short, found.long, found.locks)
+    return Sample(cell, server, 0, 1, seconds, found.short, found.long, found.locks, exact=True)
 
 
 def _read(station: Station) -> Reading:
@@ -423,9 +423,11 @@ def report(found: Sequence[Sample], console: Console, *, counts: bool = False) -
         if counts:
             console.print(bench.counts_table(comparison))
     console.print(
-        "Counted on the server's vCPUs, in virtual time: the same in each run. instructions are "
-        "those without the clock's interrupt (clock). tax: what is above the limit, in parts of "
-        "it; removed: how much of epoll's tax is gone. transfers: cache lines that another CPU had."
+        "Counted on the server's vCPUs, in virtual time: the same in each run. On several vCPUs a "
+        "difference of a few percent means nothing all the same, for another order of turns has "
+        "other batches. instructions are those without the clock's interrupt (clock). tax: what is "
+        "above the limit, in parts of it; removed: how much of epoll's tax is gone. transfers: "
+        "cache lines that another CPU had."
     )
 
 

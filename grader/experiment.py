@@ -116,6 +116,19 @@ def slope(short: Window, long: Window) -> Costs:
     )
 
 
+def together(*windows: Window) -> Costs:
+    """Return what a transaction costs, all that was counted in these windows included."""
+    span = sum(window.transactions for window in windows)
+    return Costs(
+        user_instructions=sum(window.user for window in windows) / span,
+        kernel_instructions=sum(window.kernel for window in windows) / span,
+        clock_instructions=sum(window.clock for window in windows) / span,
+        calls={
+            name: sum(window.calls[name] for window in windows) / span for name in windows[0].calls
+        },
+    )
+
+
 @dataclass(frozen=True)
 class Failure:
     """Why an experiment has no result."""

@@ -37,10 +37,11 @@ SETTING = Setting(turn=0)
 # cost. What is less comes of batches and lists that have become longer or shorter with something
 # else: the same functions, called with other things to do.
 LEAST_INSTRUCTIONS, LEAST_SHARE = 0.9, 0.01
-# Or when a transaction calls it so much more often. What not even every second transaction calls is
-# the scheduler's, the allocator's, or done for many at a time: it goes with the moment, and of it
-# only the sum is compared.
-LEAST_CALLS, OFTEN = 0.25, 0.5
+# Or when a transaction calls it so much more often, and by so much of what it did: of the
+# allocator's ten frees a third of one goes with the image's layout, and who calls one more is
+# dearer himself. What not even every second transaction calls is the scheduler's, the allocator's,
+# or done for many at a time: it goes with the moment, and of it only the sum is compared.
+LEAST_CALLS, LEAST_CALLS_SHARE, OFTEN = 0.25, 0.05, 0.5
 # The scheduler's load averages: one call costs the more, the more time has passed since the last.
 AGEING = "kernel/sched/pelt.c: "
 ALL = "all functions together"
@@ -215,7 +216,7 @@ def compare(accepted: Road, now: Road) -> list[Dearer]:
         calls, calls_before = cost.calls / now.transactions, before.calls / accepted.transactions
         if calls < OFTEN or name.startswith(AGEING):
             continue
-        if calls - calls_before > LEAST_CALLS:
+        if calls - calls_before > max(LEAST_CALLS, LEAST_CALLS_SHARE * calls_before):
             dearer = Dearer(
                 now.server, now.per_connection, name, "calls per transaction", calls_before, calls
             )

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from grader import results
 from grader.cache import write_whole
 from grader.errors import UserError
-from grader.experiment import Costs, Window, slope
+from grader.experiment import Costs, Window, slope, together
 
 SCHEMA = Path(__file__).with_name("bench.schema.json")
 VERSION = 1
@@ -76,22 +76,28 @@ class Sample:
     long: Window
     locks: tuple[LockUse, ...] = ()
     """Where locks were followed (in exact mode), the busiest first."""
+    exact: bool = False
+    """Whether it was measured in exact mode: there a cost is all that was counted."""
 
     @property
     def costs(self) -> Costs:
-        """What one transaction cost."""
-        return slope(self.short, self.long)
+        """What one transaction cost.
+
+        The slope between the windows; in exact mode, where nothing but the load happens in them
+        and vCPUs fall into another rhythm in each, both together.
+        """
+        return (together if self.exact else slope)(self.short, self.long)
 
     def as_json(self) -> dict[str, Any]:
         """Return the sample as plain data."""
-        data = {key: value for key, value in asdict(self).items() if key != "cell"}
+        data = {key: value for key, value in asdict(self).items() if key not in ("cell", "exact")}
         if not self.locks:
             del data["locks"]
         return {**asdict(self.cell), **data}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Sample:
-        """Return the sample that `as_json` gave."""
+    def from_json(cls, data: Mapping[str, Any], identity: Mapping[str, Any]) -> Sample:
+        """Return the sample that `as_json` gave, of a bench with this identity."""
         return cls(
             Cell(data["vcpus"], data["size"], data["per_connection"]),
             data["server"],
@@ -101,6 +107,7 @@ class Sample:
             Window(**data["short"]),
             Window(**data["long"]),
             tuple(LockUse(**use) for use in data.get("locks", ())),
+            bool(identity.get("exact")),
         )
 
 
@@ -147,7 +154,7 @@ class Journal:
             head, *samples = lines
             if head["version"] != VERSION:
                 raise ValueError("of another version")
-            self.samples = [Sample.from_json(sample) for sample in samples]
+            self.samples = [Sample.from_json(sample, self._identity) for sample in samples]
             different = [key for key, value in self._identity.items()
                          if head["identity"].get(key) != value]  # fmt: skip
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -211,4 +218,4 @@ def document(
 def read(path: Path) -> tuple[dict[str, Any], list[Sample]]:
     """Return a result file's content and its samples. Raises `BadResult`."""
     found = results.read(path, SCHEMA, "a bench", BadResult)
-    return found, [Sample.from_json(sample) for sample in found["samples"]]
+    return found, [Sample.from_json(sample, found["identity"]) for sample in found["samples"]]

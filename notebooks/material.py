@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ BENCH = recorded.BENCH.resolve()
 RECORDED = BENCH.parent
 SHARING = RECORDED / "sharing.json"
 EXACT = RECORDED / "exact.json"
+SIZES = RECORDED / "sizes.json"
 LATENCY = RECORDED / "latency.json"
 CLASS_LAB = "1-batching"
 CLASS = RECORDED / f"class-{CLASS_LAB}.csv"
@@ -115,8 +116,7 @@ class Bench:
 
     def nearest(self, n: int) -> int:
         """Return the life nearest to n transactions, by factors; one that ends, if any does."""
-        ends = [one for one in self.lives if one]
-        return min(ends, key=lambda one: abs(math.log(one / n)), default=0)
+        return nearest(self.lives, n)
 
     @property
     def about(self) -> str:
@@ -190,11 +190,15 @@ class Cores:
     @property
     def about(self) -> str:
         """What it was measured with, in one line."""
-        said, turn = self.document["environment"], self.document["identity"]["exact"]["turn"]
-        return (
-            f"{self.path.name}: {said['qemu'].partition(' (')[0]}, virtual time, turns of {turn} "
-            f"ticks, commit {said['commit'] or 'unknown'}, {said['time']}"
-        )
+        return _about_exact(self.path, self.document)
+
+
+def _about_exact(path: Path, document: Mapping[str, Any]) -> str:
+    said, turn = document["environment"], document["identity"]["exact"]["turn"]
+    return (
+        f"{path.name}: {said['qemu'].partition(' (')[0]}, virtual time, turns of {turn} "
+        f"ticks, commit {said['commit'] or 'unknown'}, {said['time']}"
+    )
 
 
 def cores(result: Path | str = EXACT) -> Cores:
@@ -211,6 +215,62 @@ def cores(result: Path | str = EXACT) -> Cores:
     if not lives:
         raise Missing(f"{path} has nothing of {SIZE} B", "name another result")
     return Cores(path, document, lives)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A bench in exact mode, for the pictures: over messages' sizes and the server's vCPUs."""
+
+    path: Path
+    document: Mapping[str, Any]
+    life: int
+    """The transactions of each connection."""
+    grown: Mapping[int, Mapping[str, Growth]]
+    """By bytes of a message, and server."""
+
+    def gain(self, size: int, server: str, base: str) -> dict[int, float]:
+        """Return how many times as many instructions `base` executes as `server`, by vCPUs.
+
+        Where both were measured; raises `Missing` if that is nowhere.
+        """
+        servers = self.grown.get(size, {})
+        mine, other = servers.get(server, {}), servers.get(base, {})
+        found = {v: other[v].costs.work / one.costs.work for v, one in mine.items() if v in other}
+        if not found:
+            raise Missing(
+                f"{self.path} has not {server} beside {base} {at_life(self.life)}, {size} B",
+                f"invoke bench --exact --servers {base},{server} --per-connection {self.life} "
+                f"--sizes {size} --smp 1,2,4,8, or name another result",
+            )
+        return found
+
+    @property
+    def sizes(self) -> list[int]:
+        """The bytes of a message, ascending."""
+        return sorted(self.grown)
+
+    @property
+    def about(self) -> str:
+        """What it was measured with, in one line."""
+        return _about_exact(self.path, self.document)
+
+
+def sizes(result: Path | str = SIZES) -> Sizes:
+    """Read a result of ``invoke bench --exact --sizes ...``. Raises `UserError`.
+
+    Of several lives the one nearest to ten transactions, which is the paper's.
+    """
+    path = Path(result)
+    document, found = samples.read(path)
+    if not document["identity"].get("exact"):
+        raise Missing(
+            f"{path} was not measured in exact mode",
+            "invoke bench --exact --servers epoll,BPL --per-connection 10 "
+            "--sizes 64,1024,16384 --smp 1,2,4,8",
+        )
+    grown = scaling.grown(found)
+    life = nearest({n for n, _ in grown}, 10)
+    return Sizes(path, document, life, {size: one for (n, size), one in grown.items() if n == life})
 
 
 @dataclass(frozen=True)
@@ -236,6 +296,11 @@ def latency(result: Path | str = LATENCY) -> Latencies:
     """Read a result of ``invoke latency``. Raises `UserError`."""
     path = Path(result)
     return Latencies(path, *latencies.read(path))
+
+
+def nearest(lives: Iterable[int], n: int) -> int:
+    """Return the life nearest to n transactions, by factors; one that ends, if any does."""
+    return min(filter(None, lives), key=lambda one: abs(math.log(one / n)), default=0)
 
 
 def life(n: float) -> str:

@@ -38,6 +38,7 @@ from notebooks.pictures.grades import class_pictures, grade_pictures
 from notebooks.pictures.labs import lab_pictures
 from notebooks.pictures.latency import latency_pictures
 from notebooks.pictures.paper import paper_pictures
+from notebooks.pictures.sizes import sizes_pictures
 
 FOLDER = Path(__file__).resolve().parent
 KERNEL = "python3"
@@ -109,6 +110,7 @@ def all_pictures(
     grades: Sequence[str] = (),
     exact: str = "",
     latency: str = "",
+    sizes: str = "",
 ) -> list[Picture]:
     """Return the pictures of all notebooks, made of these result files.
 
@@ -118,6 +120,7 @@ def all_pictures(
     papers = published.read()
     found = paper_pictures(papers, measured)
     found |= cores_pictures(papers, material.cores(exact or material.EXACT))
+    found |= sizes_pictures(papers, material.sizes(sizes or material.SIZES))
     found |= latency_pictures(material.latency(latency or material.LATENCY))
     for name in known_labs():
         found |= lab_pictures(name, measured)

@@ -1,5 +1,6 @@
 """The bench: what is measured, what is kept, and what is said of it; from made-up counts."""
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -52,6 +53,14 @@ def test_a_cost_is_the_slope_between_the_windows() -> None:
     assert costs.instructions == 1030
     assert costs.work == 1000
     assert costs.calls["syscalls"] == 2.0
+
+
+def test_in_exact_mode_a_cost_is_all_that_was_counted() -> None:
+    sample = dataclasses.replace(_sample("epoll", 0, 900), exact=True)
+    assert sample.costs.work == pytest.approx(1000 + 2 * 5000 / (2560 + 5120))
+    assert sample.costs.calls["syscalls"] == 2.0
+    assert Sample.from_json(sample.as_json(), {**IDENTITY, "exact": {"turn": 12}}) == sample
+    assert Sample.from_json(sample.as_json(), IDENTITY) != sample
 
 
 def test_ratio_and_tax_are_taken_round_by_round() -> None:

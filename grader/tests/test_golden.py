@@ -28,6 +28,7 @@ ROAD = Road(
         "megapipe/: mp_read": Cost(2000, 100_000),
         "net/ipv4/tcp.c: tcp_sendmsg": Cost(1000, 900_000),
         "kernel/sched/core.c: schedule": Cost(100, 40_000),
+        "mm/slub.c: slab_free": Cost(11_000, 110_000),
         "user": Cost(0, 800_000),
     },
 )
@@ -76,6 +77,8 @@ def test_the_dearest_comes_first_and_the_sum_is_judged_as_well() -> None:
         # What ages with time costs what has passed of it.
         changed(**{"kernel/sched/pelt.c: __update_load_avg_se": Cost(1000, 5_000)}),
         changed(tcp_sendmsg=Cost(1000, 905_000)),
+        # Of many calls a part of one.
+        changed(slab_free=Cost(11_300, 113_000)),
         # Not on every transaction's path.
         changed(schedule=Cost(110, 45_000)),
         changed(schedule=Cost(99, 41_000)),

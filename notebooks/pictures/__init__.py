@@ -20,6 +20,7 @@ from notebooks.figures import Curve, Panel
 from notebooks.material import Bench
 
 BEST = "BPL"
+CORES = "vCPUs of the server"
 LIVES = "transactions per connection"
 INSTRUCTIONS = "instructions per transaction"
 SPEED = "million transactions/s"

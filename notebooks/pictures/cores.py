@@ -12,10 +12,18 @@ from grader.compare import BASELINE, LIMIT
 from notebooks import figures
 from notebooks.figures import Panel, curve
 from notebooks.material import Cores, at_life, life
-from notebooks.pictures import BEST, GAIN, INSTRUCTIONS, SPEED_UP, Picture, Pictures, named
+from notebooks.pictures import (
+    BEST,
+    CORES,
+    GAIN,
+    INSTRUCTIONS,
+    SPEED_UP,
+    Picture,
+    Pictures,
+    named,
+)
 from notebooks.published import Published
 
-CORES = "vCPUs of the server"
 SERVERS = (BASELINE, "epoll-reuseport", "io_uring", BEST, LIMIT)
 SHORT, LONG = 1, 10
 

@@ -9,10 +9,9 @@ from functools import partial
 from matplotlib.figure import Figure
 
 from grader import compare
-from grader.checks import Interval
 from grader.compare import BASELINE, LIMIT, Measure
 from grader.contributions import IN_ORDER
-from notebooks import figures, material
+from notebooks import figures
 from notebooks.figures import Bars, Curve, Panel, curve
 from notebooks.material import Bench, at_life, life
 from notebooks.pictures import (
@@ -42,10 +41,7 @@ def paper_pictures(published: Published, bench: Bench) -> Pictures:
     """Return the papers' figures, beside what is measured here on the same axes."""
     from_both = (
         ("paper-fig1a", _fig1a, _fig1a_learned, "fig1a"),
-        ("paper-fig1b", _fig1b, _fig1b_learned, "fig1b"),
-        ("paper-fig1c", _fig1c, _fig1c_learned, "fig1c"),
         ("paper-fig3", _fig3, _fig3_learned, "fig3"),
-        ("paper-fig4", _fig4, _fig4_learned, "fig4"),
         ("paper-table3", _table3, _table3_learned, "table3"),
         ("paper-fig5", _fig5, _fig5_learned, "fig5"),
         ("paper-fig7", _fig7, _fig7_learned, "fig7"),
@@ -60,14 +56,16 @@ def paper_pictures(published: Published, bench: Bench) -> Pictures:
     )
 
 
-def _pairs(points: Sequence[Point]) -> list[tuple[float, float]]:
+def pairs(points: Sequence[Point]) -> list[tuple[float, float]]:
+    """Return the points of a published line."""
     return [(point.x, point.y) for point in points]
 
 
-def _both(published: Published, figure: str, y_name: str = "") -> list[Curve]:
+def both(published: Published, figure: str, y_name: str = "") -> list[Curve]:
+    """Return the lines of the paper's baseline and of MegaPipe."""
     lines = published.series(figure, y_name)
     names = {"baseline": "baseline", "megapipe": "MegaPipe"}
-    return [curve(shown, _pairs(lines[name])) for name, shown in names.items()]
+    return [curve(shown, pairs(lines[name])) for name, shown in names.items()]
 
 
 def _gains(bench: Bench, server: str, base: str) -> list[Curve]:
@@ -84,7 +82,7 @@ def _gains(bench: Bench, server: str, base: str) -> list[Curve]:
 def _fig1a(published: Published, bench: Bench) -> Figure:
     gained = published.gain("fig1a", "megapipe", "baseline")
     return figures.lines(
-        Panel(f"{PAPER}: throughput", _both(published, "fig1a"), LIVES, SPEED, doubling=True),
+        Panel(f"{PAPER}: throughput", both(published, "fig1a"), LIVES, SPEED, doubling=True),
         Panel(
             "what MegaPipe gains",
             [
@@ -112,100 +110,6 @@ def _fig1a_learned(published: Published, bench: Bench) -> str:
     )
 
 
-def _fig1b(published: Published, bench: Bench) -> Figure:
-    gained = published.gain("fig1b", "megapipe", "baseline", "gbit_per_s")
-    at = bench.nearest(10)
-    here = (float(material.SIZE), bench.gain(at, BEST, BASELINE))
-    size = "bytes of a message"
-    return figures.lines(
-        Panel(
-            f"{PAPER}: throughput",
-            _both(published, "fig1b", "gbit_per_s"),
-            size,
-            "Gbit/s",
-            doubling=True,
-        ),
-        Panel(
-            f"{PAPER}: how busy they are",
-            _both(published, "fig1b", "cpu_percent"),
-            size,
-            "processor time (%)",
-            doubling=True,
-        ),
-        Panel(
-            "what MegaPipe gains",
-            [
-                curve("paper, throughput (link full from 2 K on)", gained, "MegaPipe"),
-                Curve(f"here, instructions, {life(at)}", [here], "here"),
-            ],
-            size,
-            GAIN,
-            doubling=True,
-            log=True,
-            level=1.0,
-        ),
-    )
-
-
-def _fig1b_learned(published: Published, bench: Bench) -> str:
-    speed = {
-        name: {p.x: p.y for p in points}
-        for name, points in published.series("fig1b", "gbit_per_s").items()
-    }
-    busy = published.series("fig1b", "cpu_percent")
-    gain = speed["megapipe"][64] / speed["baseline"][64]
-    full = next(x for x, y in sorted(speed["baseline"].items()) if y > 9)
-    return (
-        f"Small messages are limited by the processors and large ones by the link: at 64 bytes "
-        f"the baseline moves {speed['baseline'][64]:.2f} Gbit/s and MegaPipe {gain:.1f} times as "
-        f"much, from {full:,.0f} bytes on both fill the link, and what MegaPipe saves shows as "
-        f"idle processors ({busy['megapipe'][-1].y:g} % busy at "
-        f"{busy['megapipe'][-1].x / 1024:g} K, the baseline's {busy['baseline'][-1].y:g} %)."
-    )
-
-
-def _fig1c(published: Published, bench: Bench) -> Figure:
-    gained = published.gain("fig1c", "megapipe", "baseline", "million_transactions_per_s")
-    at = bench.nearest(10)
-    here = (float(material.VCPUS), bench.gain(at, BEST, BASELINE))
-    return figures.lines(
-        Panel(
-            "paper: throughput",
-            _both(published, "fig1c", "million_transactions_per_s"),
-            "cores",
-            SPEED,
-        ),
-        Panel(
-            "paper: efficiency of each core",
-            _both(published, "fig1c", "per_core_efficiency_percent"),
-            "cores",
-            "of one core alone (%)",
-        ),
-        Panel(
-            "what MegaPipe gains",
-            [
-                curve("paper, throughput", gained, "MegaPipe"),
-                Curve(f"here, instructions, {life(at)}", [here], "here"),
-            ],
-            "cores",
-            GAIN,
-            least=0.9,
-            level=1.0,
-        ),
-    )
-
-
-def _fig1c_learned(published: Published, _: Bench) -> str:
-    efficiency = published.series("fig1c", "per_core_efficiency_percent")
-    gains = dict(published.gain("fig1c", "megapipe", "baseline", "million_transactions_per_s"))
-    return (
-        f"With eight cores each of the baseline's does {efficiency['baseline'][-1].y:g} % of what "
-        f"one does alone, each of MegaPipe's {efficiency['megapipe'][-1].y:g} %: so of the "
-        f"{gains[8]:.2f} times that MegaPipe gains on eight cores, {gains[1]:.2f} times are there "
-        f"on one already, and the rest is what the baseline loses between cores."
-    )
-
-
 def _fig3(published: Published, _: Bench) -> Figure:
     lines = published.series("fig3")
     ideal = curve("ideal", [(float(cores), float(cores)) for cores in range(1, 9)], "limit")
@@ -216,7 +120,7 @@ def _fig3(published: Published, _: Bench) -> Figure:
             for name, points in lines.items()
             if name.startswith(whose)
         }
-        curves = [curve(life(n), _pairs(mine[n])) for n in sorted(mine)]
+        curves = [curve(life(n), pairs(mine[n])) for n in sorted(mine)]
         panels.append(Panel(f"paper: {title}", [*curves, ideal], "cores", SPEED_UP))
         on_eight.append(curve(title, [(float(n), mine[n][-1].y) for n in sorted(mine)]))
     return figures.lines(
@@ -236,49 +140,6 @@ def _fig3_learned(published: Published, _: Bench) -> str:
         f"no further ({at('baseline', 1):g} times one core on eight), while MegaPipe reaches "
         f"{at('megapipe', 1):g} times; at 128 the two are alike ({at('baseline', 128):g} and "
         f"{at('megapipe', 128):g})."
-    )
-
-
-def _fig4(published: Published, bench: Bench) -> Figure:
-    lines = published.series("fig4")
-    at = bench.nearest(10)
-    gain = bench.gain(at, BEST, BASELINE)
-    here = Interval(100 * (gain.mean - 1), 100 * gain.half)
-    return figures.lines(
-        Panel(
-            "what MegaPipe gains, by size of the messages",
-            [
-                *(
-                    curve(f"paper, {name.removesuffix(' messages')}", _pairs(points))
-                    for name, points in sorted(lines.items(), key=lambda one: _bytes(one[0]))
-                ),
-                Curve(
-                    f"here, {material.SIZE} B, instructions",
-                    [(float(material.VCPUS), here)],
-                    "here",
-                ),
-            ],
-            "cores",
-            "over the baseline (%)",
-        )
-    )
-
-
-def _bytes(name: str) -> int:
-    return int(name.partition(" ")[0])
-
-
-def _fig4_learned(published: Published, bench: Bench) -> str:
-    def small(cores: int) -> float:
-        return published.at("fig4", "64 B messages", cores)
-
-    at = bench.nearest(10)
-    gain = bench.gain(at, BEST, BASELINE)
-    return (
-        f"With messages of 64 bytes MegaPipe gains {small(1):g} % on one core, {small(4):g} % on "
-        f"four and {small(8):g} % on eight, with 4,096 bytes nothing from three cores on, where "
-        f"the link is full; here, {life(at)}, it is {100 * (gain.mean - 1):.1f} ± "
-        f"{100 * gain.half:.1f} % in instructions."
     )
 
 
@@ -354,8 +215,8 @@ def _fig5(published: Published, _: Bench) -> Figure:
             Panel(
                 f"paper: memcached {title}",
                 [
-                    curve("baseline", _pairs(lines[f"baseline{suffix}"])),
-                    curve("MegaPipe", _pairs(lines[f"megapipe{suffix}"])),
+                    curve("baseline", pairs(lines[f"baseline{suffix}"])),
+                    curve("MegaPipe", pairs(lines[f"megapipe{suffix}"])),
                 ],
                 "requests per connection",
                 "thousand requests/s",
@@ -386,8 +247,8 @@ def _fig7(published: Published, _: Bench) -> Figure:
             Panel(
                 f"paper: nginx, {work}",
                 [
-                    curve("baseline", _pairs(lines[f"baseline, {work}"])),
-                    curve("MegaPipe", _pairs(lines[f"megapipe, {work}"])),
+                    curve("baseline", pairs(lines[f"baseline, {work}"])),
+                    curve("MegaPipe", pairs(lines[f"megapipe, {work}"])),
                 ],
                 "cores",
                 "Gbit/s",
@@ -423,7 +284,7 @@ def _fig8(published: Published, _: Bench) -> Figure:
     return figures.lines(
         Panel(
             "mTCP's paper: one message per connection",
-            [curve(label, _pairs(lines[name]), name) for name, label in labels.items()],
+            [curve(label, pairs(lines[name]), name) for name, label in labels.items()],
             "cores",
             "hundred thousand messages/s",
         )
@@ -452,8 +313,8 @@ def _messages(published: Published, bench: Bench) -> Figure:
         Panel(
             "mTCP's paper: 8 cores, throughput",
             [
-                curve("Linux 3.10, SO_REUSEPORT", _pairs(lines[reuse]), reuse),
-                curve("MegaPipe", _pairs(lines["megapipe"])),
+                curve("Linux 3.10, SO_REUSEPORT", pairs(lines[reuse]), reuse),
+                curve("MegaPipe", pairs(lines["megapipe"])),
             ],
             LIVES,
             "hundred thousand messages/s",

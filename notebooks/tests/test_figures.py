@@ -233,11 +233,25 @@ def test_cores_are_read_from_exact_results_only(tmp_path: Path) -> None:
     assert "invoke bench --exact --sharing --servers nobody" in caught.value.todo
 
 
+def test_sizes_are_laid_beside_each_other_where_both_servers_were_measured() -> None:
+    with pytest.raises(Missing, match="exact mode"):
+        material.sizes(material.BENCH)
+    sizes = material.sizes()
+    assert sizes.life == 10 and sizes.sizes == sorted(sizes.sizes)
+    gain = sizes.gain(64, "BPL", "epoll")
+    assert list(gain) == [1, 2, 4, 8] and all(one > 1 for one in gain.values())
+    assert sizes.gain(64, "epoll", "epoll") == dict.fromkeys(gain, 1.0)
+    with pytest.raises(Missing, match="has not nobody beside epoll at n = 10, 64 B") as caught:
+        sizes.gain(64, "nobody", "epoll")
+    assert "--servers epoll,nobody" in caught.value.todo
+
+
 @pytest.mark.parametrize(
     ("read", "text"),
     [
         (material.bench, "no result of a bench"),
         (material.cores, "no result of a bench"),
+        (material.sizes, "no result of a bench"),
         (material.grade, "cannot be read"),
         (material.graded_class, "no summary of a class"),
         (run.read, "no notebook"),
