@@ -519,9 +519,12 @@ class Console:
         # which may take seconds to notice, and in some containers never does; until then the
         # sandbox does not go away.
         inner = psutil.Process(self.pid).children()
-        for process in inner or [psutil.Process(self.pid)]:
+        if not inner:
+            os.kill(self.pid, signal.SIGTERM)
+            return
+        for process in inner:
             with suppress(psutil.NoSuchProcess):
-                process.send_signal(signal.SIGKILL if inner else signal.SIGTERM)
+                process.kill()
         limit = time.monotonic() + limits.scaled(_END_LIMIT)
-        while inner and self.alive and time.monotonic() < limit:
+        while self.alive and time.monotonic() < limit:
             time.sleep(0.01)

@@ -270,7 +270,14 @@ def sizes(result: Path | str = SIZES) -> Sizes:
         )
     grown = scaling.grown(found)
     life = nearest({n for n, _ in grown}, 10)
-    return Sizes(path, document, life, {size: one for (n, size), one in grown.items() if n == life})
+    mine = {size: one for (n, size), one in grown.items() if n == life}
+    servers = mine.get(SIZE, {})
+    if not servers or any(1 not in growth for growth in servers.values()):
+        raise Missing(
+            f"{path} has not {SIZE} B on one vCPU, with which all is compared",
+            f"invoke bench --exact with {SIZE} among --sizes and 1 among --smp",
+        )
+    return Sizes(path, document, life, mine)
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,11 @@ def both(published: Published, figure: str, y_name: str = "") -> list[Curve]:
     return [curve(shown, pairs(lines[name])) for name, shown in names.items()]
 
 
+def gain_panel(x: str, *curves: Curve) -> Panel:
+    """Return what MegaPipe gains, by factors, over what grows by factors of two."""
+    return Panel("what MegaPipe gains", curves, x, GAIN, doubling=True, log=True, level=1.0)
+
+
 def _gains(bench: Bench, server: str, base: str) -> list[Curve]:
     """Return what is gained here over the lives: in instructions, and in the model's cycles."""
     dots = [(place(n), bench.gain(n, server, base)) for n in bench.lives]
@@ -83,17 +88,8 @@ def _fig1a(published: Published, bench: Bench) -> Figure:
     gained = published.gain("fig1a", "megapipe", "baseline")
     return figures.lines(
         Panel(f"{PAPER}: throughput", both(published, "fig1a"), LIVES, SPEED, doubling=True),
-        Panel(
-            "what MegaPipe gains",
-            [
-                curve("paper, throughput", gained, "MegaPipe"),
-                *_gains(bench, BEST, BASELINE),
-            ],
-            LIVES,
-            GAIN,
-            doubling=True,
-            log=True,
-            level=1.0,
+        gain_panel(
+            LIVES, curve("paper, throughput", gained, "MegaPipe"), *_gains(bench, BEST, BASELINE)
         ),
     )
 

@@ -8,10 +8,10 @@ from matplotlib.figure import Figure
 
 from grader.compare import BASELINE
 from notebooks import figures
-from notebooks.figures import Curve, Panel, curve
+from notebooks.figures import Panel, curve
 from notebooks.material import SIZE, Sizes, life
 from notebooks.pictures import BEST, CORES, GAIN, PAPER, SPEED, Picture, Pictures, named
-from notebooks.pictures.paper import both, pairs
+from notebooks.pictures.paper import both, gain_panel, pairs
 from notebooks.published import Published
 
 MESSAGE = "bytes of a message"
@@ -35,17 +35,14 @@ def gains(sizes: Sizes, size: int) -> dict[int, float]:
 
 
 def _most(sizes: Sizes) -> int:
-    """The most vCPUs with which all sizes were measured."""
-    return max(set.intersection(*(set(gains(sizes, size)) for size in sizes.sizes)))
-
-
-def _over_sizes(sizes: Sizes, vcpus: int) -> Curve:
-    found = [(float(size), gains(sizes, size)[vcpus]) for size in sizes.sizes]
-    return curve(f"here, instructions, {vcpus} vCPUs", found, "here")
+    """Return the most vCPUs; a bench measures each size with all of them."""
+    return max(gains(sizes, SIZE))
 
 
 def _fig1b(published: Published, sizes: Sizes) -> Figure:
     gained = published.gain("fig1b", "megapipe", "baseline", "gbit_per_s")
+    most = _most(sizes)
+    here = [(float(size), gains(sizes, size)[most]) for size in sizes.sizes]
     return figures.lines(
         Panel(
             f"{PAPER}: throughput",
@@ -61,17 +58,10 @@ def _fig1b(published: Published, sizes: Sizes) -> Figure:
             "processor time (%)",
             doubling=True,
         ),
-        Panel(
-            "what MegaPipe gains",
-            [
-                curve("paper, throughput (link full from 2 K on)", gained, "MegaPipe"),
-                _over_sizes(sizes, _most(sizes)),
-            ],
+        gain_panel(
             MESSAGE,
-            GAIN,
-            doubling=True,
-            log=True,
-            level=1.0,
+            curve("paper, throughput (link full from 2 K on)", gained, "MegaPipe"),
+            curve(f"here, instructions, {most} vCPUs", here, "here"),
         ),
     )
 
@@ -84,7 +74,8 @@ def _fig1b_learned(published: Published, sizes: Sizes) -> str:
     busy = published.series("fig1b", "cpu_percent")
     gain = speed["megapipe"][64] / speed["baseline"][64]
     full = next(x for x, y in sorted(speed["baseline"].items()) if y > 9)
-    small, large = (gains(sizes, size)[_most(sizes)] for size in (sizes.sizes[0], sizes.sizes[-1]))
+    most = _most(sizes)
+    small, large = (gains(sizes, size)[most] for size in (sizes.sizes[0], sizes.sizes[-1]))
     return (
         f"Small messages are limited by the processors and large ones by the link: at 64 bytes "
         f"the baseline moves {speed['baseline'][64]:.2f} Gbit/s and MegaPipe {gain:.1f} times as "
@@ -129,14 +120,13 @@ def _fig1c(published: Published, sizes: Sizes) -> Figure:
 def _fig1c_learned(published: Published, sizes: Sizes) -> str:
     efficiency = published.series("fig1c", "per_core_efficiency_percent")
     theirs = dict(published.gain("fig1c", "megapipe", "baseline", "million_transactions_per_s"))
-    here = gains(sizes, SIZE)
-    one, *_, most = here
+    here, most = gains(sizes, SIZE), _most(sizes)
     return (
         f"With eight cores each of the baseline's does {efficiency['baseline'][-1].y:g} % of what "
         f"one does alone, each of MegaPipe's {efficiency['megapipe'][-1].y:g} %: so of the "
         f"{theirs[8]:.2f} times that MegaPipe gains on eight cores, {theirs[1]:.2f} times are "
         f"there on one already, and the rest is what the baseline loses between cores, which "
-        f"instructions do not show: they are {here[one]:.2f} times fewer on one vCPU and "
+        f"instructions do not show: they are {here[1]:.2f} times fewer on one vCPU and "
         f"{here[most]:.2f} times on {most}."
     )
 
@@ -172,17 +162,17 @@ def _fig4_learned(published: Published, sizes: Sizes) -> str:
     def small(cores: int) -> float:
         return published.at("fig4", "64 B messages", cores)
 
-    least, most = 1, _most(sizes)
+    most = _most(sizes)
     largest = max(size for size in sizes.sizes if size <= 4096)
 
     def here(size: int) -> str:
         gained = gains(sizes, size)
-        return " and ".join(f"{100 * (gained[vcpus] - 1):.0f} %" for vcpus in (least, most))
+        return " and ".join(f"{100 * (gained[vcpus] - 1):.0f} %" for vcpus in (1, most))
 
     return (
         f"With messages of 64 bytes MegaPipe gains {small(1):g} % on one core, {small(4):g} % on "
         f"four and {small(8):g} % on eight, with 4,096 bytes nothing from three cores on, where "
-        f"the link is full; here, in instructions on {least} and on {most} vCPUs, it is "
+        f"the link is full; here, in instructions on one vCPU and on {most}, it is "
         f"{here(SIZE)} with {SIZE} bytes and {here(largest)} with {largest:,}: what grows with "
         f"the cores is the waiting."
     )

@@ -233,7 +233,9 @@ def test_cores_are_read_from_exact_results_only(tmp_path: Path) -> None:
     assert "invoke bench --exact --sharing --servers nobody" in caught.value.todo
 
 
-def test_sizes_are_laid_beside_each_other_where_both_servers_were_measured() -> None:
+def test_sizes_are_laid_beside_each_other_where_both_servers_were_measured(
+    tmp_path: Path,
+) -> None:
     with pytest.raises(Missing, match="exact mode"):
         material.sizes(material.BENCH)
     sizes = material.sizes()
@@ -244,6 +246,13 @@ def test_sizes_are_laid_beside_each_other_where_both_servers_were_measured() -> 
     with pytest.raises(Missing, match="has not nobody beside epoll at n = 10, 64 B") as caught:
         sizes.gain(64, "nobody", "epoll")
     assert "--servers epoll,nobody" in caught.value.todo
+    document = json.loads(material.SIZES.read_text())
+    for name, other in (("vcpus", 1), ("size", 64)):
+        kept = [s for s in document["samples"] if s[name] != other]
+        path = tmp_path / "sizes.json"
+        path.write_text(json.dumps({**document, "samples": kept}))
+        with pytest.raises(Missing, match="has not 64 B on one vCPU"):
+            material.sizes(path)
 
 
 @pytest.mark.parametrize(
