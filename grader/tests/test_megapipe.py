@@ -36,6 +36,7 @@ ON_DEBUG = [
     "part-storm",
     "light-convert-traffic",
     "light-short",
+    "light-charges",
     "light-buffers",
     "light-storm",
     "signalfd",

@@ -15,6 +15,7 @@
 #include <linux/spinlock.h>
 #include <linux/uio.h>
 #include <linux/wait.h>
+#include <net/inet_connection_sock.h>
 
 #include "uapi/megapipe_abi.h"
 
@@ -33,8 +34,8 @@ struct mp_lw_slot {
 #define MP_NO_SLOT	U32_MAX
 
 /*
- * How many removed handles, and lwsockets, a channel keeps. To allocate, charge
- * and free one costs several times what it costs to use it again.
+ * How many removed handles, lwsockets, and charges a channel keeps. To allocate,
+ * charge and free one costs several times what it costs to use it again.
  */
 #define MP_MAX_SPARE	128
 
@@ -81,6 +82,12 @@ struct mp_channel {
 	/* Memory of lwsockets likewise. */
 	struct socket *spare_lw[MP_MAX_SPARE];
 	u32 nr_spare_lw;
+	/* What connections that have ended were charged with to the memory cgroup. */
+	struct sock_charge charges[MP_MAX_SPARE];
+	u32 nr_charges;
+
+	/* For mp_lw_write(), zero but for what that sets: to clear one for each costs too much. */
+	struct msghdr write_msg;
 
 	atomic_t nr_jobs;		/* that workers are at, see job.c */
 

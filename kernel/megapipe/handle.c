@@ -250,6 +250,7 @@ static noinline void mp_handle_is_ready(struct mp_handle *h, __poll_t events)
 int mp_handle_wait(struct mp_handle *h, __poll_t events)
 {
 	__poll_t now;
+	bool joined;
 	int ret;
 
 	/*
@@ -262,12 +263,15 @@ int mp_handle_wait(struct mp_handle *h, __poll_t events)
 	else if (!mp_handle_arm_again(h, events))
 		return 0;
 
-	if (unlikely(!h->watched && !READ_ONCE(h->wait.head) && !h->kind->offloads)) {
-		ret = mp_handle_watch(h);
-		if (ret)
-			return ret;
-	} else if (h->listens) {
-		mp_wait_join_again(&h->wait);
+	if (unlikely(!h->watched)) {
+		joined = READ_ONCE(h->wait.head);
+		if (joined && h->listens) {
+			mp_wait_join_again(&h->wait);
+		} else if (!joined && !h->kind->offloads) {
+			ret = mp_handle_watch(h);
+			if (ret)
+				return ret;
+		}
 	}
 	/* Armed before the file is asked. Pairs with the barrier in mp_handle_happened(). */
 	smp_mb();

@@ -167,6 +167,8 @@ static void mp_lw_put(struct mp_channel *ch, struct socket *lw)
 
 void mp_lw_close(struct mp_channel *ch, struct socket *lw)
 {
+	if (ch->nr_charges < MP_MAX_SPARE)
+		ch->nr_charges += inet_csk_keep_charge(lw->sk, &ch->charges[ch->nr_charges]);
 	ch->lwsocket->close(lw);
 	mp_lw_put(ch, lw);
 }
@@ -184,6 +186,8 @@ void mp_lw_drop_all(struct mp_channel *ch)
 	kvfree(ch->lw_slots);
 	while (ch->nr_spare_lw)
 		ch->lwsocket->free(ch->spare_lw[--ch->nr_spare_lw]);
+	while (ch->nr_charges)
+		inet_csk_drop_charge(&ch->charges[--ch->nr_charges]);
 }
 
 int mp_drop(struct mp_channel *ch, const struct mp_request *req)
@@ -357,6 +361,7 @@ static int mp_accept_light(struct mp_handle *h)
 		mp_lw_slot_put(ch, slot);
 		return ret;
 	}
+	inet_csk_charge(lw->sk, ch->nr_charges ? &ch->charges[--ch->nr_charges] : NULL);
 	mp_lw_keep_charged(lw->sk, PAGE_SIZE);
 	ch->lw_slots[slot].sock = lw;
 	return MP_LWSOCKET_BASE + slot;
@@ -454,7 +459,7 @@ static int mp_request_pos(const struct mp_handle *h, const struct mp_request *re
 {
 	*pos = -1;
 	if (!(req->flags & MP_AT_OFFSET))
-		return req->cookie ? -EINVAL : 0;
+		return 0;
 	if (!h->kind->offloads)
 		return -ESPIPE;
 	if ((loff_t)req->cookie < 0)
@@ -466,7 +471,7 @@ static int mp_request_pos(const struct mp_handle *h, const struct mp_request *re
 int mp_read(struct mp_handle *h, const struct mp_request *req)
 {
 	u32 len = min_t(u32, req->len, MAX_RW_COUNT);
-	loff_t pos;
+	loff_t pos = -1;
 	int ret;
 
 	/* Nothing read means end of file, so nothing must not be asked for. */
@@ -482,10 +487,15 @@ int mp_read(struct mp_handle *h, const struct mp_request *req)
 	h->pending |= EPOLLIN;
 	h->read_addr = req->addr;
 	h->read_len = len;
+	if (likely(h->light)) {
+		/* As a rule nothing has come yet; what else there may be, waiting finds. */
+		mp_settle(h, skb_queue_empty_lockless(&h->sock->sk->sk_receive_queue) ||
+			     mp_try_read(h));
+		return 0;
+	}
 	h->read_moved = 0;
 	h->read_pos = pos;
-	/* As a rule nothing has come yet. */
-	mp_settle(h, (h->light && !mp_events_of(h, EPOLLIN)) || mp_try_read(h));
+	mp_settle(h, mp_try_read(h));
 	return 0;
 }
 
@@ -545,11 +555,11 @@ static noinline int mp_import_vector(struct mp_write *w, const struct mp_request
 	return min(ret, 0);
 }
 
-int mp_write(struct mp_handle *h, const struct mp_request *req)
+/* @moved bytes have gone already. */
+static noinline int mp_write_rest(struct mp_handle *h, const struct mp_request *req, u32 moved)
 {
 	struct mp_write *w = &h->write;
 	u32 len = min_t(u32, req->len, MAX_RW_COUNT);
-	ssize_t moved = 0;
 	loff_t pos;
 	int ret;
 
@@ -560,21 +570,9 @@ int mp_write(struct mp_handle *h, const struct mp_request *req)
 		return ret;
 	if (h->pending & EPOLLOUT)
 		return -EBUSY;
-	if (likely(req->op == MP_OP_WRITE)) {
+	if (req->op == MP_OP_WRITE) {
 		if (!access_ok(u64_to_user_ptr(req->addr), len))
 			return -EFAULT;
-		/* As a rule all of it goes at once, and nothing need be remembered. */
-		if (h->light && len && mp_cq_room(h->channel)) {
-			moved = mp_lw_write(h, req->addr, len);
-			if (likely(moved == len) || (moved < 0 && moved != -EAGAIN)) {
-				mp_complete(h, (struct mp_completion){
-					.op = MP_OP_WRITE,
-					.result = moved,
-				});
-				return 0;
-			}
-			moved = max(moved, 0);
-		}
 		iov_iter_ubuf(&w->iter, ITER_SOURCE, u64_to_user_ptr(req->addr + moved),
 			      len - moved);
 	} else {
@@ -587,6 +585,23 @@ int mp_write(struct mp_handle *h, const struct mp_request *req)
 	h->write_pos = pos;
 	h->pending |= EPOLLOUT;
 	mp_settle(h, mp_try_write(h));
+	return 0;
+}
+
+int mp_write(struct mp_handle *h, const struct mp_request *req)
+{
+	u32 len = req->len;
+	ssize_t moved;
+
+	if (!likely(h->light && req->op == MP_OP_WRITE && !req->flags && len &&
+		    len <= MAX_RW_COUNT && !(h->pending & EPOLLOUT) &&
+		    access_ok(u64_to_user_ptr(req->addr), len) && mp_cq_room(h->channel)))
+		return mp_write_rest(h, req, 0);
+	/* As a rule all of it goes at once, and nothing need be remembered. */
+	moved = mp_lw_write(h, req->addr, len);
+	if (unlikely(moved != len && (moved >= 0 || moved == -EAGAIN)))
+		return mp_write_rest(h, req, max(moved, 0));
+	mp_complete(h, (struct mp_completion){ .op = MP_OP_WRITE, .result = moved });
 	return 0;
 }
 
@@ -649,6 +664,11 @@ void mp_run(struct mp_handle *h)
 	/* Disarmed, off the list: the callback leaves @events alone. */
 	events = h->events;
 	h->events = 0;
+	/* As a rule a message has come. Whatever it is, it is for the read. */
+	if (likely(h->light && h->pending == EPOLLIN)) {
+		mp_settle(h, mp_try_read(h));
+		return;
+	}
 	/* Try what is pending, as far as they concern it; wait for the rest. */
 	if (events & (EPOLLERR | EPOLLHUP))
 		events |= EPOLLIN | EPOLLOUT;

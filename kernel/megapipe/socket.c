@@ -96,7 +96,7 @@ static ssize_t mp_tcp_read(struct mp_handle *h)
  * in softirq: a whole socket lock costs more than the bytes. Nothing can sleep
  * there; what would have to (a buffer that is not in memory, no memory left, a
  * memory cgroup that may have to be shrunk) and what is not short takes the
- * ordinary way. A read of several packets ends before one that would.
+ * ordinary way.
  */
 #define MP_SHORT	256	/* bytes; softirqs are off while they are copied */
 
@@ -135,25 +135,16 @@ static __always_inline const void *mp_bytes_at(const struct sk_buff *skb, unsign
 	return bytes ? bytes + (offset - linear) : NULL;
 }
 
-struct mp_short_read {
-	read_descriptor_t desc;
-	const struct sk_buff_head *queue;
-	size_t left;			/* of MP_SHORT, over all packets */
-};
-
 /* Called by tcp_read_sock(): copy to the user; returns how many bytes, or -EAGAIN. */
 static int mp_short_copy(read_descriptor_t *desc, struct sk_buff *skb, unsigned int offset,
 			 size_t len)
 {
-	struct mp_short_read *read = container_of(desc, struct mp_short_read, desc);
 	char __user *to = desc->arg.buf;
 	const void *from;
 
 	len = min(len, desc->count);
 	if (!len)
 		return 0;
-	if (len > read->left)
-		return -EAGAIN;
 	from = mp_bytes_at(skb, offset, len);
 	if (!from)
 		return -EAGAIN;
@@ -163,10 +154,6 @@ static int mp_short_copy(read_descriptor_t *desc, struct sk_buff *skb, unsigned 
 		return -EAGAIN;
 	desc->arg.buf += len;
 	desc->count -= len;
-	read->left -= len;
-	/* It need not look for more than there is. */
-	if (skb_queue_is_last(read->queue, skb))
-		desc->count = 0;
 	return len;
 }
 
@@ -174,20 +161,20 @@ static int mp_short_copy(read_descriptor_t *desc, struct sk_buff *skb, unsigned 
 static __always_inline int mp_short_read(struct mp_handle *h)
 {
 	struct sock *sk = h->sock->sk;
-	struct mp_short_read read = {
-		.desc.arg.buf = u64_to_user_ptr(h->read_addr),
-		.desc.count = h->read_len,
-		.queue = &sk->sk_receive_queue,
-		.left = MP_SHORT,
-	};
+	read_descriptor_t desc = { .arg.buf = u64_to_user_ptr(h->read_addr) };
 	int ret = -EAGAIN;
+	u32 there;
 
 	if (!mp_short_lock(sk))
 		return ret;
+	/* The end of the stream is in it, too, and counts as a byte. */
+	there = tcp_sk(sk)->rcv_nxt - tcp_sk(sk)->copied_seq;
 	/* Under the lock nobody puts a layer on top. */
-	if (likely(!mp_tcp_is_layered(sk))) {
+	if (likely(there <= MP_SHORT && !mp_tcp_is_layered(sk))) {
+		/* It need not look for more than there is. */
+		desc.count = min(h->read_len, there);
 		pagefault_disable();
-		ret = tcp_read_sock(sk, &read.desc, mp_short_copy);
+		ret = tcp_read_sock(sk, &desc, mp_short_copy);
 		pagefault_enable();
 		if (likely(ret > 0))
 			sk_peek_offset_bwd(sk, ret);
@@ -260,14 +247,15 @@ static __always_inline ssize_t mp_lw_send(struct sock *sk, struct msghdr *msg)
 /* Write @len bytes from @addr, at which the caller has looked: how many have gone, or an errno. */
 ssize_t mp_lw_write(struct mp_handle *h, u64 addr, u32 len)
 {
-	struct msghdr msg = { .msg_flags = MSG_DONTWAIT | MSG_NOSIGNAL };
+	struct msghdr *msg = &h->channel->write_msg;
 	struct sock *sk = h->sock->sk;
 	int ret;
 
-	iov_iter_ubuf(&msg.msg_iter, ITER_SOURCE, u64_to_user_ptr(addr), len);
-	ret = mp_short_write(sk, &msg, len);
+	msg->msg_flags = MSG_DONTWAIT | MSG_NOSIGNAL;
+	iov_iter_ubuf(&msg->msg_iter, ITER_SOURCE, u64_to_user_ptr(addr), len);
+	ret = mp_short_write(sk, msg, len);
 	if (unlikely(ret == -EAGAIN || ret == -EFAULT))
-		return mp_lw_send(sk, &msg);
+		return mp_lw_send(sk, msg);
 	/* Any other error is told once, by whoever finds it first. */
 	return ret;
 }

@@ -719,6 +719,158 @@ static void test_light_no_room(void)
 	mp_close(ch);
 }
 
+/* Where the cgroup of this process is. */
+static char *own_group(void)
+{
+	FILE *own = fopen("/proc/self/cgroup", "r");
+	char line[256], *path;
+
+	TRUE(own && fscanf(own, "0::%255s", line) == 1);
+	fclose(own);
+	MUST(asprintf(&path, "/sys/fs/cgroup%s", line));
+	return path;
+}
+
+/* A new one beside it. */
+static char *make_group(const char *own, const char *name)
+{
+	char *path;
+
+	MUST(asprintf(&path, "%s-%s", own, name));
+	MUST(mkdir(path, 0755));
+	return path;
+}
+
+static void enter_group(const char *path)
+{
+	char procs[512];
+
+	snprintf(procs, sizeof(procs), "%s/cgroup.procs", path);
+	TRUE(write_text(procs, "0"));
+}
+
+/* Wait until so many pages of packets are charged to it: the statistics are gathered now and then. */
+static void want_charged(struct place at, const char *group, long want)
+{
+	uint64_t end = now_ns() + SOON * 1000000ULL;
+	char path[512], key[64];
+	long value, found;
+	FILE *file;
+
+	snprintf(path, sizeof(path), "%s/memory.stat", group);
+	do {
+		file = fopen(path, "r");
+		TRUE(file);
+		found = -1;
+		while (found < 0 && fscanf(file, "%63s %ld", key, &value) == 2)
+			if (!strcmp(key, "sock"))
+				found = value / sysconf(_SC_PAGESIZE);
+		fclose(file);
+		if (found == want)
+			return;
+		sleep_ms(20);
+	} while (now_ns() < end);
+	fail("%s:%d: %s: expected %ld pages of packets, came %ld", at.file, at.line, group, want,
+	     found);
+}
+
+/* An lwsocket for each of @peers, which has brought a message. */
+static void light_accepted(struct mp_channel *ch, int listener, struct pair *pairs,
+			   const int *peers, int count)
+{
+	char buffer[8];
+
+	for (int i = 0; i < count; i++) {
+		struct mp_event e;
+
+		connected_from(peers[i], listener);
+		EXPECT(write(peers[i], "ping", 4), 4);
+		e = next(ch);
+		TRUE(e.op == MP_OP_ACCEPT && mp_is_lwsocket(e.result));
+		pairs[i] = (struct pair){ .peer = peers[i], .handle = add(ch, e.result) };
+		EXPECT(mp_read(ch, pairs[i].handle, buffer, sizeof(buffer)), 0);
+		WANT(ch, pairs[i].handle, MP_OP_READ, 4);
+	}
+}
+
+static void reset_all(struct mp_channel *ch, const struct pair *pairs, int count)
+{
+	char buffer[8];
+
+	for (int i = 0; i < count; i++) {
+		close(pairs[i].peer);
+		EXPECT(mp_read(ch, pairs[i].handle, buffer, sizeof(buffer)), 0);
+		WANT(ch, pairs[i].handle, MP_OP_READ, -ECONNRESET);
+		EXPECT(mp_unregister(ch, pairs[i].handle), 0);
+	}
+	EXPECT(mp_flush(ch), 0);
+}
+
+/* What connections were charged with goes to the next ones of the same cgroup, and back in the end. */
+static void test_light_charges(void)
+{
+	enum { COUNT = 8, ROUNDS = 5 };
+	int peers[ROUNDS][COUNT], listener, handle;
+	char *own, *first, *second;
+	struct pair pairs[COUNT];
+	struct mp_channel *ch;
+
+	if (getuid() != 0)	/* may not make cgroups */
+		return;
+	own = own_group();
+	first = make_group(own, "first");
+	second = make_group(own, "second");
+	listener = listening();
+	/* The peers are not charged to either. */
+	for (int i = 0; i < ROUNDS * COUNT; i++)
+		peers[i / COUNT][i % COUNT] = tcp_socket();
+	enter_group(first);
+	ch = light_channel();
+	handle = add(ch, listener);
+	EXPECT(mp_accept(ch, handle, ROUNDS * COUNT, true), 0);
+
+	light_accepted(ch, listener, pairs, peers[0], COUNT);
+	want_charged(HERE, first, COUNT);
+	reset_all(ch, pairs, COUNT);
+	want_charged(HERE, first, COUNT);	/* kept */
+	light_accepted(ch, listener, pairs, peers[1], COUNT);
+	want_charged(HERE, first, COUNT);	/* and handed on */
+	reset_all(ch, pairs, COUNT);
+
+	/* Who has moved is charged anew. */
+	enter_group(second);
+	light_accepted(ch, listener, pairs, peers[2], COUNT / 2);
+	want_charged(HERE, first, COUNT / 2);
+	want_charged(HERE, second, COUNT / 2);
+	light_accepted(ch, listener, pairs + COUNT / 2, peers[2] + COUNT / 2, COUNT / 2);
+	want_charged(HERE, first, 0);
+	want_charged(HERE, second, COUNT);
+	reset_all(ch, pairs, COUNT);
+
+	/* One that has not ended takes its charge with it. */
+	light_accepted(ch, listener, pairs, peers[3], COUNT);
+	for (int i = 0; i < COUNT; i++)
+		EXPECT(mp_unregister(ch, pairs[i].handle), 0);
+	EXPECT(mp_flush(ch), 0);
+	for (int i = 0; i < COUNT; i++) {
+		peer_sees_end(pairs[i].peer);
+		close(pairs[i].peer);
+	}
+	want_charged(HERE, second, 0);
+	light_accepted(ch, listener, pairs, peers[4], COUNT);
+	reset_all(ch, pairs, COUNT);
+	want_charged(HERE, second, COUNT);
+	mp_close(ch);
+	want_charged(HERE, second, 0);
+	close(listener);
+	enter_group(own);
+	MUST(rmdir(first));
+	MUST(rmdir(second));
+	free(first);
+	free(second);
+	free(own);
+}
+
 const struct test_case lwsockets_cases[] = {
 	{ "light-echo", test_light_echo },
 	{ "light-plain", test_light_plain },
@@ -733,6 +885,7 @@ const struct test_case lwsockets_cases[] = {
 	{ "light-kill", test_light_kill },
 	{ "light-limit", test_light_limit },
 	{ "light-shown", test_light_shown },
+	{ "light-charges", test_light_charges },
 	{ "light-storm", test_light_storm },
 	{ }
 };
