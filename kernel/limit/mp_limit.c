@@ -16,6 +16,9 @@
  *    handing the received pages back untouched would be no server's limit; the
  *    others copy twice, to user space and back.
  *  - No memory cgroup is charged: there is no task whose memory it would be.
+ *  - What TCP has reserved for a connection's packets, up to a page, it keeps:
+ *    a packet for which nothing is reserved takes TCP's slow path. MegaPipe has
+ *    the same for its lwsockets (sk_reserved_mem).
  *
  * What is left is TCP, IP, the driver and the interrupts, as configured for
  * everybody.
@@ -134,6 +137,7 @@ static void echo(struct sock *sk)
 	if (!sk->sk_socket) {
 		RCU_INIT_POINTER(sk->sk_wq, &nobody.wq);
 		sk_set_socket(sk, &nobody);
+		WRITE_ONCE(sk->sk_reserved_mem, PAGE_SIZE);
 	}
 	/* In softirq, as a rule; but what came while a task had the lock is processed by it. */
 	local_bh_disable();
