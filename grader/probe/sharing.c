@@ -34,6 +34,11 @@
  * address space that the instruction lies in), and in a table under (code, line). The sum over
  * the table plus "overflow" is the sum over the vCPUs.
  *
+ * Apart from these, and in no table, are those of the clock's interrupt, if the reader says where it
+ * begins and ends: as with instructions (probe.c) it goes with real time, of which an emulated guest
+ * needs the more for a transaction, and a guest with this plugin more still. What others then fetch
+ * back that the interrupt has written is theirs.
+ *
  * Code is a function: of the kernel by a list of addresses; of other code in the kernel's half
  * (modules) the 16 bytes that the instruction lies in, a "place", for functions begin at multiples
  * of 16 and the reader can name them later; all code of user space is one. Arguments:
@@ -44,6 +49,8 @@
  *   direct=ADDRESS   optional: where the kernel has mapped all memory, one to one (in hex). Most
  *                    accesses go there, and QEMU need not be asked where they lead
  *   recorded=N       optional: count the transfers of the first N vCPUs only
+ *   clock=ADDRESS, clock_end=ADDRESS   optional: functions (in hex) with whose entry a vCPU is in
+ *                    the clock's interrupt, and no longer
  *   memory=PATH      optional: the file that is the guest's memory. It and the other two are
  *                    removed when the guest begins to run, for then all have opened them, and
  *                    whoever is killed from then on leaves no memory in use
@@ -71,7 +78,7 @@
 #endif
 
 #define SHARING_MAGIC	"MPSHARE\n"
-#define SHARING_LAYOUT	1
+#define SHARING_LAYOUT	2
 #define MAX_VCPUS	64
 #define LINE_SHIFT	6
 #define PAGE_SHIFT	12
@@ -82,6 +89,7 @@
 #define MAX_CODES	(1u << CODE_BITS)
 #define MODULES		0xffffffffc0000000u	/* where modules begin, and the kernel's image ends */
 #define PLACE_SHIFT	4
+#define PROLOGUE_BYTES	9
 #define MAX_PROBES	256
 /* Two cache lines: processors fetch lines in pairs, and a pair must not have two writers. */
 #define BLOCK_ALIGN	128
@@ -119,7 +127,7 @@ struct sharing_header {
 	uint32_t memory_mib;
 };
 
-enum mode { USER, KERNEL, MODES };
+enum mode { USER, KERNEL, CLOCK, MODES };
 
 struct sharing_block {
 	uint64_t loads[MODES];
@@ -153,8 +161,12 @@ static uint64_t slots_mask;
 static uint64_t *places;
 static struct {
 	struct pending load;
-	char apart[BLOCK_ALIGN - sizeof(struct pending)];
+	uint64_t in_clock;
+	char apart[BLOCK_ALIGN - sizeof(struct pending) - sizeof(uint64_t)];
 } pending[MAX_VCPUS] __attribute__((aligned(BLOCK_ALIGN)));
+
+/* Where the clock's interrupt begins and ends; 0: nowhere. */
+static uint64_t clock_begin, clock_end;
 
 /* By line: a bit for each vCPU that holds it. */
 static uint64_t *holders;
@@ -242,8 +254,8 @@ static void transfer(unsigned int vcpu, void *insn, uint64_t line, bool store, u
 {
 	struct sharing_block *block = blocks[vcpu];
 	struct pending *load = &pending[vcpu].load;
-	enum mode mode = mode_of(insn);
-	struct sharing_slot *slot;
+	enum mode mode = pending[vcpu].in_clock ? CLOCK : mode_of(insn);
+	struct sharing_slot *slot = NULL;
 
 	if (vcpu >= n_recorded || !__atomic_load_n(&header->recording, __ATOMIC_RELAXED)) {
 		load->valid = false;
@@ -260,9 +272,11 @@ static void transfer(unsigned int vcpu, void *insn, uint64_t line, bool store, u
 		}
 		return;
 	}
-	slot = slot_of(line << CODE_BITS | code_of(insn), vaddr);
-	if (!slot)
-		block->overflow++;
+	if (mode != CLOCK) {
+		slot = slot_of(line << CODE_BITS | code_of(insn), vaddr);
+		if (!slot)
+			block->overflow++;
+	}
 	if (store) {
 		block->stores[mode]++;
 		if (slot)
@@ -338,6 +352,18 @@ static void accessed(unsigned int vcpu, qemu_plugin_meminfo_t info, uint64_t vad
 	}
 }
 
+static void begin_clock(unsigned int vcpu, void *unused)
+{
+	(void)unused;
+	pending[vcpu].in_clock = 1;
+}
+
+static void end_clock(unsigned int vcpu, void *unused)
+{
+	(void)unused;
+	pending[vcpu].in_clock = 0;
+}
+
 static uint32_t place_of(uint64_t vaddr)
 {
 	uint64_t address = vaddr >> PLACE_SHIFT << PLACE_SHIFT, at = scatter(address);
@@ -400,6 +426,13 @@ static void translated(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
 
 		qemu_plugin_register_vcpu_mem_cb(insn, accessed, QEMU_PLUGIN_CB_NO_REGS,
 						 QEMU_PLUGIN_MEM_RW, pack(find_code(vaddr), vaddr));
+		/* Whoever calls may leave ENDBR64 and the room for ftrace out; see probe.c. */
+		if (vaddr - clock_begin <= PROLOGUE_BYTES)
+			qemu_plugin_register_vcpu_insn_exec_cb(insn, begin_clock,
+							       QEMU_PLUGIN_CB_NO_REGS, NULL);
+		if (vaddr - clock_end <= PROLOGUE_BYTES)
+			qemu_plugin_register_vcpu_insn_exec_cb(insn, end_clock,
+							       QEMU_PLUGIN_CB_NO_REGS, NULL);
 	}
 }
 
@@ -512,10 +545,22 @@ static int make_state(const char *text)
 	return 0;
 }
 
+/* A hex address of the kernel's half, or 0, which is said. */
+static uint64_t kernel_address(const char *name, const char *text)
+{
+	char *end;
+	uint64_t address = strtoull(text, &end, 16);
+
+	if (!*end && in_kernel(address))
+		return address;
+	refuse("%s=%s: not a hex address of the kernel's half", name, text);
+	return 0;
+}
+
 int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, char **argv)
 {
 	const char *counters = NULL, *list = NULL, *size = NULL, *memory = NULL;
-	const char *direct = NULL, *recorded = NULL;
+	const char *direct = NULL, *recorded = NULL, *begins = NULL, *ends = NULL;
 	char *end;
 	int i;
 
@@ -530,6 +575,10 @@ int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, 
 			direct = value_of(argv[i], "direct");
 		else if (value_of(argv[i], "recorded"))
 			recorded = value_of(argv[i], "recorded");
+		else if (value_of(argv[i], "clock"))
+			begins = value_of(argv[i], "clock");
+		else if (value_of(argv[i], "clock_end"))
+			ends = value_of(argv[i], "clock_end");
 		else if (value_of(argv[i], "memory"))
 			memory = value_of(argv[i], "memory");
 		else
@@ -537,7 +586,10 @@ int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, 
 	}
 	if (!counters || !list || !size)
 		return refuse("arguments: counters=PATH,functions=PATH,memory_mib=N"
-			      "[,direct=ADDRESS][,recorded=N][,memory=PATH]");
+			      "[,direct=ADDRESS][,recorded=N][,clock=ADDRESS,clock_end=ADDRESS]"
+			      "[,memory=PATH]");
+	if (!begins != !ends)
+		return refuse("clock and clock_end: give both or neither");
 	if (!info->system_emulation || strcmp(info->target_name, "x86_64"))
 		return refuse("only for qemu-system-x86_64, this is a QEMU for %s",
 			      info->target_name);
@@ -550,9 +602,15 @@ int qemu_plugin_install(qemu_plugin_id_t id, const qemu_info_t *info, int argc, 
 	if (make_state(size))
 		return -1;
 	if (direct) {
-		direct_map = strtoull(direct, &end, 16);
-		if (*end || !in_kernel(direct_map))
-			return refuse("direct=%s: not a hex address of the kernel's half", direct);
+		direct_map = kernel_address("direct", direct);
+		if (!direct_map)
+			return -1;
+	}
+	if (begins) {
+		clock_begin = kernel_address("clock", begins);
+		clock_end = kernel_address("clock_end", ends);
+		if (!clock_begin || !clock_end)
+			return -1;
 	}
 	if (recorded) {
 		n_recorded = (unsigned int)strtoul(recorded, &end, 10);

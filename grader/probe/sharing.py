@@ -52,6 +52,8 @@ MAX_MEMORY_MIB = 2816
 PLACES = 1 << 16
 # Rows of the table, of 32 bytes; memory is taken only for those in use.
 SLOTS = 1 << 21
+# Where the clock's interrupt begins and ends: arguments of the plugin, and the kernel's functions.
+CLOCK = {"clock": "sysvec_apic_timer_interrupt", "clock_end": "irq_exit_rcu"}
 USER = "(user code)"
 UNKNOWN = "(unknown kernel code)"
 
@@ -91,6 +93,11 @@ class SharingProbe(PluginFiles):
         self._recorded = vcpus if recorded is None else recorded
         self._system_map = Path(symbols.source).with_name("System.map")
         self._starts, self._names = _functions(symbols)
+        self._clock = {
+            argument: f"{symbols.entries(name)[0]:x}"
+            for argument, name in CLOCK.items()
+            if all(map(symbols.has, CLOCK.values()))
+        }
         self._late: list[tuple[int, str]] = []
         self._memory: mmap.mmap | None = None
 
@@ -141,6 +148,7 @@ class SharingProbe(PluginFiles):
                 memory_mib=self.memory_mib,
                 direct=f"{DIRECT_MAP:x}",
                 recorded=self._recorded,
+                **self._clock,
                 memory=folder / "memory",
             ),
             *("-object", backend, "-machine", "memory-backend=sharing"),

@@ -13,7 +13,7 @@ from grader.probe.counters import Counts, rows_since
 from grader.probe.errors import ProbeError
 
 MAGIC = b"MPSHARE\n"
-LAYOUT = 1
+LAYOUT = 2
 # As in sharing.c: magic, layout, vcpus, block_bytes, functions, places, slots | the three offsets |
 # recording, state, api_version, guest_vcpus, used_places, memory_mib.
 HEADER = struct.Struct("<8s6I3Q6I")
@@ -24,12 +24,14 @@ BLOCK = np.dtype(
     [
         ("user_loads", "<u8"),
         ("kernel_loads", "<u8"),
+        ("clock_loads", "<u8"),
         ("user_stores", "<u8"),
         ("kernel_stores", "<u8"),
+        ("clock_stores", "<u8"),
         ("merged", "<u8"),
         ("overflow", "<u8"),
         ("unseen", "<u8"),
-        ("apart", f"V{BLOCK_BYTES - 7 * 8}"),
+        ("apart", f"V{BLOCK_BYTES - 9 * 8}"),
     ]
 )
 SLOT = np.dtype([("key", "<u8"), ("vaddr", "<u8"), ("loads", "<u8"), ("stores", "<u8")])
@@ -111,8 +113,11 @@ class Transfers:
 
     user_loads: Counts
     kernel_loads: Counts
+    clock_loads: Counts
+    """Of the clock's interrupt, which is not in `kernel_loads`, nor in any row."""
     user_stores: Counts
     kernel_stores: Counts
+    clock_stores: Counts
     merged: Counts
     """Loads that are counted with the store of the same instruction."""
     overflow: Counts
@@ -127,12 +132,12 @@ class Transfers:
 
     @property
     def loads(self) -> int:
-        """Transfers by loads."""
+        """Transfers by loads, without the clock's."""
         return int((self.user_loads + self.kernel_loads).sum())
 
     @property
     def stores(self) -> int:
-        """Transfers by stores and read-modify-writes."""
+        """Transfers by stores and read-modify-writes, without the clock's."""
         return int((self.user_stores + self.kernel_stores).sum())
 
     @property
@@ -161,8 +166,10 @@ class Transfers:
         return Transfers(
             self.user_loads - earlier.user_loads,
             self.kernel_loads - earlier.kernel_loads,
+            self.clock_loads - earlier.clock_loads,
             self.user_stores - earlier.user_stores,
             self.kernel_stores - earlier.kernel_stores,
+            self.clock_stores - earlier.clock_stores,
             self.merged - earlier.merged,
             self.overflow - earlier.overflow,
             self.unseen - earlier.unseen,
@@ -190,8 +197,10 @@ def parse(data: bytes | mmap.mmap) -> Transfers:
     return Transfers(
         user_loads=_counts(blocks["user_loads"]),
         kernel_loads=_counts(blocks["kernel_loads"]),
+        clock_loads=_counts(blocks["clock_loads"]),
         user_stores=_counts(blocks["user_stores"]),
         kernel_stores=_counts(blocks["kernel_stores"]),
+        clock_stores=_counts(blocks["clock_stores"]),
         merged=_counts(blocks["merged"]),
         overflow=_counts(blocks["overflow"]),
         unseen=_counts(blocks["unseen"]),

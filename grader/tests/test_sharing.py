@@ -120,6 +120,41 @@ def test_a_copy_stays_until_a_store_takes_it_away(harness: Path, tmp_path: Path)
     assert found.user_stores.tolist() == [0, 0]
 
 
+def test_what_the_clocks_interrupt_moves_is_apart(harness: Path, tmp_path: Path) -> None:
+    begin, end = FUNCTIONS[1], FUNCTIONS[2]
+    away = "ffff888000002000"
+    # Not to be seen between: the first instruction may be left out, the one behind it counts.
+    accesses = (
+        f"0 w {F0} {LINE} 3\n1 w {F0} {LINE} 3\n"
+        f"0 w {begin + 4:x} {away} 3\n1 m {F0} {away} 2\n0 r {F0} {LINE} 3\n0 m {F1} {away} 2\n"
+        f"0 r {end + 9:x} {away} 3\n1 w {F0} {away} 3\n0 w {F0} {LINE} 3\n"
+    )
+    memory = f"memory_mib=16 clock={begin:x} clock_end={end:x}"
+    said, left = run_harness(harness, tmp_path, "on\n" + accesses, memory=memory)
+    assert said == ""
+    found = sharing_file.parse(left)
+    assert_consistent(found)
+    assert (found.clock_loads.tolist(), found.clock_stores.tolist()) == ([1, 0], [1, 0])
+    # Of 1: LINE at first, then twice what the interrupt had; of 0: LINE, which 1 has no more.
+    assert found.kernel_stores.tolist() == [1, 3]
+    assert found.loads == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (f"clock={F0}", "both or neither"),
+        (f"clock={F0} clock_end=", "clock_end=: not a hex address"),
+        (f"clock=401000 clock_end={F0}", "clock=401000: not a hex address of the kernel"),
+    ],
+)
+def test_a_clock_without_its_addresses_is_refused(
+    harness: Path, tmp_path: Path, arguments: str, complaint: str
+) -> None:
+    said, _ = run_harness(harness, tmp_path, "", memory=f"memory_mib=16 {arguments}")
+    assert complaint in said
+
+
 def test_lines_of_one_vcpu_do_not_move(harness: Path, tmp_path: Path) -> None:
     accesses = f"0 w {F0} {LINE} 3\n1 w {F0} ffff888000001040 3\n" * 10
     assert len(moved(harness, tmp_path, accesses).key) == 0
@@ -568,6 +603,8 @@ def test_partitioning_keeps_connections_where_they_are(kernel: Kernel) -> None:
         found = station.sharing.read() - before
     assert_consistent(found)
     assert found.overflow.sum() == found.unseen.sum() == 0
+    assert local.clock.all > 0
+    assert not any("sysvec_apic_timer" in one.name for one in local.functions)
     assert shared.moved.all > 2.5 * local.moved.all
     # What is looked for, and found: the connection itself.
     tcp = [

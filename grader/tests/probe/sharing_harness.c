@@ -18,6 +18,7 @@ struct qemu_plugin_insn {
 	uint64_t vaddr;
 	qemu_plugin_vcpu_mem_cb_t cb;
 	void *udata;
+	qemu_plugin_vcpu_udata_cb_t executed;
 };
 struct qemu_plugin_tb {
 	struct qemu_plugin_insn insn;
@@ -48,6 +49,14 @@ void qemu_plugin_register_vcpu_mem_cb(struct qemu_plugin_insn *insn, qemu_plugin
 	(void)rw;
 	insn->cb = cb;
 	insn->udata = userdata;
+}
+void qemu_plugin_register_vcpu_insn_exec_cb(struct qemu_plugin_insn *insn,
+					    qemu_plugin_vcpu_udata_cb_t cb,
+					    enum qemu_plugin_cb_flags flags, void *userdata)
+{
+	(void)flags;
+	(void)userdata;
+	insn->executed = cb;
 }
 unsigned int qemu_plugin_mem_size_shift(qemu_plugin_meminfo_t info)
 {
@@ -95,6 +104,8 @@ int main(int argc, char **argv)
 			struct qemu_plugin_tb tb = { .insn.vaddr = insn };
 
 			trans(1, &tb);
+			if (tb.insn.executed)
+				tb.insn.executed(vcpu, NULL);
 			if (op == 'r' || op == 'm')
 				tb.insn.cb(vcpu, shift, vaddr, tb.insn.udata);
 			if (op != 'r')
