@@ -42,8 +42,11 @@ LEAST_INSTRUCTIONS, LEAST_SHARE = 0.9, 0.01
 # dearer himself. What not even every second transaction calls is the scheduler's, the allocator's,
 # or done for many at a time: it goes with the moment, and of it only the sum is compared.
 LEAST_CALLS, LEAST_CALLS_SHARE, OFTEN = 0.25, 0.05, 0.5
-# The scheduler's load averages: one call costs the more, the more time has passed since the last.
-AGEING = "kernel/sched/pelt.c: "
+# Compared only with the sum: the scheduler's load averages, of which one call costs the more, the
+# more time has passed since the last; and the memory cgroup's part of a free, which does something
+# only for objects in slabs that have ever held a charged one, and which these are goes with the
+# image's layout, as the allocator's own work does.
+UNSTEADY = ("kernel/sched/pelt.c: ", "mm/memcontrol.c: __memcg_slab_free_hook")
 ALL = "all functions together"
 
 
@@ -214,7 +217,7 @@ def compare(accepted: Road, now: Road) -> list[Dearer]:
     for name, cost in now.functions.items():
         before = accepted.functions.get(name, Cost(0, 0))
         calls, calls_before = cost.calls / now.transactions, before.calls / accepted.transactions
-        if calls < OFTEN or name.startswith(AGEING):
+        if calls < OFTEN or name.startswith(UNSTEADY):
             continue
         if calls - calls_before > max(LEAST_CALLS, LEAST_CALLS_SHARE * calls_before):
             dearer = Dearer(
