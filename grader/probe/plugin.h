@@ -18,6 +18,13 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+/*
+ * A function begins with ENDBR64 and the room for a call of ftrace, which are never left, nor
+ * jumped to, within the function. A block that begins behind them, or between, is one that was
+ * entered past what is counted: it counts as well.
+ */
+#define PROLOGUE_BYTES	9
+
 /* Complain, and return what makes QEMU give up. */
 __attribute__((format(printf, 1, 2))) static inline int refuse(const char *format, ...)
 {

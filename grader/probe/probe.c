@@ -167,13 +167,6 @@ static bool in_kernel(uint64_t vaddr)
 	return vaddr >> 63;
 }
 
-/*
- * A function begins with ENDBR64 and the room for a call of ftrace, which are never left, nor
- * jumped to, within the function. A block that begins behind them, or between, is one that was
- * entered past what is counted: it counts as well.
- */
-#define PROLOGUE_BYTES	9
-
 /* The index of the first chosen address that is not below vaddr. */
 static size_t first_address(uint64_t vaddr)
 {

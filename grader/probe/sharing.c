@@ -89,7 +89,6 @@
 #define MAX_CODES	(1u << CODE_BITS)
 #define MODULES		0xffffffffc0000000u	/* where modules begin, and the kernel's image ends */
 #define PLACE_SHIFT	4
-#define PROLOGUE_BYTES	9
 #define MAX_PROBES	256
 /* Two cache lines: processors fetch lines in pairs, and a pair must not have two writers. */
 #define BLOCK_ALIGN	128
@@ -426,7 +425,7 @@ static void translated(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
 
 		qemu_plugin_register_vcpu_mem_cb(insn, accessed, QEMU_PLUGIN_CB_NO_REGS,
 						 QEMU_PLUGIN_MEM_RW, pack(find_code(vaddr), vaddr));
-		/* Whoever calls may leave ENDBR64 and the room for ftrace out; see probe.c. */
+		/* Whoever calls may leave the prologue out, or a part of it. */
 		if (vaddr - clock_begin <= PROLOGUE_BYTES)
 			qemu_plugin_register_vcpu_insn_exec_cb(insn, begin_clock,
 							       QEMU_PLUGIN_CB_NO_REGS, NULL);
