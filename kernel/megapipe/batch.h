@@ -21,15 +21,15 @@
 
 struct mp_batch_ops {
 	/*
-	 * Owner, may sleep. Take requests from the ring and execute them.
-	 * Returns how many were taken.
+	 * Owner. Take requests from the ring and execute them. Returns how many
+	 * were taken. May sleep until it executes the first one: see mp_execute().
 	 */
 	u32 (*drain)(struct mp_channel *ch);
 
 	/*
-	 * Owner, may sleep. Run ready handles and make their completions
-	 * visible. Returns how many completions the user can now take out,
-	 * those of earlier crossings included.
+	 * Owner. Run ready handles and make their completions visible. Returns
+	 * how many completions the user can now take out, those of earlier
+	 * crossings included. May sleep until it runs the first one: see mp_run().
 	 */
 	u32 (*complete)(struct mp_channel *ch);
 
@@ -81,6 +81,9 @@ void mp_sq_advance(struct mp_channel *ch, u32 count);
  * on its handle. Needs mp_cq_room() > 0, because a request may complete (or
  * fail) at once, with at most one completion; an accept of many makes as many
  * as there is room for and goes on later.
+ *
+ * May sleep. May also leave softirqs off, so that packets for the next request wait;
+ * they are on again when ->drain() has returned. Do not sleep in between.
  */
 void mp_execute(struct mp_channel *ch, const struct mp_request *req);
 
@@ -128,6 +131,8 @@ struct mp_handle *mp_ready_pop(struct mp_channel *ch);
  * Take the handle out of the batch that it is in, if any, go on with what is
  * pending on it, and write the completions. Needs mp_cq_room() > 0. What finds no room, or still
  * cannot be done, stays pending, and the handle becomes ready again by itself.
+ *
+ * Sleeps, and leaves softirqs off, as mp_execute(): until ->complete() has returned.
  */
 void mp_run(struct mp_handle *h);
 

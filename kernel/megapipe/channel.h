@@ -86,7 +86,11 @@ struct mp_channel {
 	struct sock_charge charges[MP_MAX_SPARE];
 	u32 nr_charges;
 
-	/* For mp_lw_write(), zero but for what that sets: to clear one for each costs too much. */
+	/* Messages that have been moved since softirqs were switched off; 0: they are on. */
+	u32 quiet;
+
+	/* For light.c, zero but for what that sets: to clear one for each costs too much. */
+	read_descriptor_t read_desc;
 	struct msghdr write_msg;
 
 	atomic_t nr_jobs;		/* that workers are at, see job.c */
@@ -234,20 +238,28 @@ void mp_handle_exit(void);
 struct mp_handle *mp_handle_add(struct mp_channel *ch, u32 number, u64 cookie);
 void mp_handle_remove(struct mp_handle *h);
 void mp_handle_remove_all(struct mp_channel *ch);
-int mp_handle_wait(struct mp_handle *h, __poll_t events);
+int mp_handle_join(struct mp_handle *h);
+bool mp_handle_arm_again(struct mp_handle *h, __poll_t events);
+void mp_handle_is_ready(struct mp_handle *h, __poll_t events);
 void mp_handle_unwait(struct mp_handle *h);
 void mp_handle_make_ready(struct mp_handle *h, __poll_t events);
 void mp_handle_notify(struct mp_handle *h, __poll_t events);
 bool mp_may_hold(const struct mp_channel *ch);
+
+/* main.c */
+void mp_execute_any(struct mp_channel *ch, const struct mp_request *req);
 
 /* io.c */
 int mp_register(struct mp_channel *ch, const struct mp_request *req);
 int mp_accept(struct mp_handle *h, const struct mp_request *req);
 int mp_read(struct mp_handle *h, const struct mp_request *req);
 int mp_write(struct mp_handle *h, const struct mp_request *req);
+int mp_write_rest(struct mp_handle *h, const struct mp_request *req, u32 moved);
 int mp_disconnect(struct mp_handle *h, const struct mp_request *req);
 int mp_convert(struct mp_handle *h, const struct mp_request *req);
 int mp_drop(struct mp_channel *ch, const struct mp_request *req);
+void mp_run_any(struct mp_handle *h);
+bool mp_give_up(struct mp_handle *h, int error);
 void mp_forget(struct mp_handle *h);
 void mp_lw_close(struct mp_channel *ch, struct socket *lw);
 void mp_lw_drop_all(struct mp_channel *ch);
@@ -255,8 +267,9 @@ void mp_lw_drop_all(struct mp_channel *ch);
 /* socket.c */
 const struct mp_kind *mp_socket_kind(const struct socket *sock);
 extern const struct mp_kind mp_tcp_kind;
-ssize_t mp_lw_read(struct mp_handle *h);
-ssize_t mp_lw_write(struct mp_handle *h, u64 addr, u32 len);
+
+/* light.c */
+void mp_quiet_end(struct mp_channel *ch);
 
 /* file.c */
 const struct mp_kind *mp_file_kind(const struct file *file);

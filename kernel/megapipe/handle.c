@@ -18,7 +18,6 @@
 #include "batch.h"
 #include "lwsocket.h"
 #include "partition.h"
-#include "tcp.h"
 
 static struct kmem_cache *mp_handle_cache;
 
@@ -120,7 +119,7 @@ static void mp_wait_join(struct mp_wait *w, struct mp_handle *h, wait_queue_head
  * Come back into the queue of a listener. The lock is that of the callback, which
  * may be about to take the entry out because of the wait before.
  */
-static noinline void mp_wait_join_again(struct mp_wait *w)
+static void mp_wait_join_again(struct mp_wait *w)
 {
 	spin_lock_irq(&w->head->lock);
 	if (list_empty(&w->entry.entry))
@@ -189,7 +188,7 @@ void mp_handle_unwait(struct mp_handle *h)
 }
 
 /* Join the wait queues of the handle's file, once; 0 or a negative errno. */
-static noinline int mp_handle_watch(struct mp_handle *h)
+static int mp_handle_watch(struct mp_handle *h)
 {
 	struct mp_watch watch = { .handle = h };
 
@@ -212,8 +211,20 @@ static noinline int mp_handle_watch(struct mp_handle *h)
 	return watch.error;
 }
 
+/* See to it that a handle that is armed learns of events; 0 or a negative errno. */
+int mp_handle_join(struct mp_handle *h)
+{
+	bool joined = READ_ONCE(h->wait.head);
+
+	if (joined && h->listens)
+		mp_wait_join_again(&h->wait);
+	else if (!joined && !h->kind->offloads)
+		return mp_handle_watch(h);
+	return 0;
+}
+
 /* Arm a handle that may be armed, or on the list, already. Returns whether it is armed. */
-static noinline bool mp_handle_arm_again(struct mp_handle *h, __poll_t events)
+bool mp_handle_arm_again(struct mp_handle *h, __poll_t events)
 {
 	struct mp_channel *ch = h->channel;
 	bool armed;
@@ -227,7 +238,7 @@ static noinline bool mp_handle_arm_again(struct mp_handle *h, __poll_t events)
 }
 
 /* Put an armed handle on the list, because @events have happened already. */
-static noinline void mp_handle_is_ready(struct mp_handle *h, __poll_t events)
+void mp_handle_is_ready(struct mp_handle *h, __poll_t events)
 {
 	struct mp_channel *ch = h->channel;
 
@@ -238,47 +249,6 @@ static noinline void mp_handle_is_ready(struct mp_handle *h, __poll_t events)
 		mp_handle_enlist(h);
 	}
 	spin_unlock_irq(&ch->lock);
-}
-
-/*
- * Make the handle ready when one of @events happens, or at once if one has
- * happened already. Returns 0, or a negative errno: it cannot be waited for.
- *
- * No event is lost in between: the handle is armed before the file is asked,
- * and whoever makes the file ready does so before it calls back.
- */
-int mp_handle_wait(struct mp_handle *h, __poll_t events)
-{
-	__poll_t now;
-	bool joined;
-	int ret;
-
-	/*
-	 * Only the owner arms, so that one which is neither armed nor on the
-	 * list stays so, and is armed without the lock. Acquire: a callback that
-	 * has just disarmed it has put it on the list before.
-	 */
-	if (likely(!smp_load_acquire(&h->armed) && list_empty(&h->link)))
-		WRITE_ONCE(h->armed, events);
-	else if (!mp_handle_arm_again(h, events))
-		return 0;
-
-	if (unlikely(!h->watched)) {
-		joined = READ_ONCE(h->wait.head);
-		if (joined && h->listens) {
-			mp_wait_join_again(&h->wait);
-		} else if (!joined && !h->kind->offloads) {
-			ret = mp_handle_watch(h);
-			if (ret)
-				return ret;
-		}
-	}
-	/* Armed before the file is asked. Pairs with the barrier in mp_handle_happened(). */
-	smp_mb();
-	now = mp_events_of(h, events);
-	if (unlikely(now))
-		mp_handle_is_ready(h, now);
-	return 0;
 }
 
 /* Put the handle on the list by hand: its operation could go on, given room. */

@@ -13,17 +13,9 @@
 #include <linux/uaccess.h>
 #include <net/inet_connection_sock.h>
 
-#include "batch.h"
 #include "lwsocket.h"
+#include "operation.h"
 #include "partition.h"
-#include "tcp.h"
-
-static __always_inline void mp_complete(struct mp_handle *h, struct mp_completion c)
-{
-	c.handle = h->number;
-	c.cookie = h->cookie;
-	mp_post(h->channel, c);
-}
 
 static bool mp_socket_listens(const struct socket *sock)
 {
@@ -31,13 +23,13 @@ static bool mp_socket_listens(const struct socket *sock)
 }
 
 /* What listens has no bytes. An lwsocket is a connection. */
-static __always_inline bool mp_has_no_bytes(const struct mp_handle *h)
+static bool mp_has_no_bytes(const struct mp_handle *h)
 {
 	return !h->light && h->sock && mp_socket_listens(h->sock);
 }
 
 /* There is something to free after writev only. */
-static __always_inline void mp_write_free(struct mp_write *w)
+static void mp_write_free(struct mp_write *w)
 {
 	if (unlikely(w->iov)) {
 		kfree(w->iov);
@@ -48,7 +40,7 @@ static __always_inline void mp_write_free(struct mp_write *w)
 /* --- what is not done yet ---------------------------------------------------------- */
 
 /* It cannot be waited for: the operations end with the reason, as far as there is room. */
-static noinline bool mp_give_up(struct mp_handle *h, int error)
+bool mp_give_up(struct mp_handle *h, int error)
 {
 	if (h->pending & EPOLLIN) {
 		struct mp_completion c = {
@@ -76,22 +68,6 @@ static noinline bool mp_give_up(struct mp_handle *h, int error)
 		mp_complete(h, c);
 	}
 	return true;
-}
-
-/* After a try: wait for what is still pending. @room: the ring had some for it. */
-static __always_inline void mp_settle(struct mp_handle *h, bool room)
-{
-	int ret;
-
-	if (!h->pending)
-		return;
-	if (likely(room)) {
-		ret = mp_handle_wait(h, h->pending);
-		if (unlikely(ret))
-			room = mp_give_up(h, ret);
-	}
-	if (unlikely(!room))
-		mp_handle_make_ready(h, h->pending);
 }
 
 /* --- lwsockets that are not registered yet ------------------------------------ */
@@ -434,7 +410,7 @@ int mp_accept(struct mp_handle *h, const struct mp_request *req)
 
 /* --- read -------------------------------------------------------------------- */
 
-static __always_inline void mp_read_done(struct mp_handle *h, ssize_t result)
+static void mp_read_done(struct mp_handle *h, ssize_t result)
 {
 	struct mp_completion c = { .op = MP_OP_READ, .result = result };
 
@@ -442,13 +418,13 @@ static __always_inline void mp_read_done(struct mp_handle *h, ssize_t result)
 	mp_complete(h, c);
 }
 
-static __always_inline bool mp_try_read(struct mp_handle *h)
+static bool mp_try_read(struct mp_handle *h)
 {
 	ssize_t ret;
 
 	if (!mp_cq_room(h->channel))
 		return false;
-	ret = likely(h->light) ? mp_lw_read(h) : h->kind->read(h);
+	ret = h->kind->read(h);
 	if (ret != -EAGAIN && ret != -EIOCBQUEUED)
 		mp_read_done(h, ret);
 	return true;
@@ -487,12 +463,6 @@ int mp_read(struct mp_handle *h, const struct mp_request *req)
 	h->pending |= EPOLLIN;
 	h->read_addr = req->addr;
 	h->read_len = len;
-	if (likely(h->light)) {
-		/* As a rule nothing has come yet; what else there may be, waiting finds. */
-		mp_settle(h, skb_queue_empty_lockless(&h->sock->sk->sk_receive_queue) ||
-			     mp_try_read(h));
-		return 0;
-	}
 	h->read_moved = 0;
 	h->read_pos = pos;
 	mp_settle(h, mp_try_read(h));
@@ -533,7 +503,7 @@ static bool mp_try_write(struct mp_handle *h)
 }
 
 /* Copy the list of buffers; 0 or a negative errno. */
-static noinline int mp_import_vector(struct mp_write *w, const struct mp_request *req)
+static int mp_import_vector(struct mp_write *w, const struct mp_request *req)
 {
 	struct iovec *iov;
 	ssize_t ret;
@@ -556,7 +526,7 @@ static noinline int mp_import_vector(struct mp_write *w, const struct mp_request
 }
 
 /* @moved bytes have gone already. */
-static noinline int mp_write_rest(struct mp_handle *h, const struct mp_request *req, u32 moved)
+int mp_write_rest(struct mp_handle *h, const struct mp_request *req, u32 moved)
 {
 	struct mp_write *w = &h->write;
 	u32 len = min_t(u32, req->len, MAX_RW_COUNT);
@@ -590,19 +560,7 @@ static noinline int mp_write_rest(struct mp_handle *h, const struct mp_request *
 
 int mp_write(struct mp_handle *h, const struct mp_request *req)
 {
-	u32 len = req->len;
-	ssize_t moved;
-
-	if (!likely(h->light && req->op == MP_OP_WRITE && !req->flags && len &&
-		    len <= MAX_RW_COUNT && !(h->pending & EPOLLOUT) &&
-		    access_ok(u64_to_user_ptr(req->addr), len) && mp_cq_room(h->channel)))
-		return mp_write_rest(h, req, 0);
-	/* As a rule all of it goes at once, and nothing need be remembered. */
-	moved = mp_lw_write(h, req->addr, len);
-	if (unlikely(moved != len && (moved >= 0 || moved == -EAGAIN)))
-		return mp_write_rest(h, req, max(moved, 0));
-	mp_complete(h, (struct mp_completion){ .op = MP_OP_WRITE, .result = moved });
-	return 0;
+	return mp_write_rest(h, req, 0);
 }
 
 /* --- disconnect, convert --------------------------------------------------------- */
@@ -654,21 +612,15 @@ int mp_convert(struct mp_handle *h, const struct mp_request *req)
 
 /* --- going on ----------------------------------------------------------------------- */
 
-void mp_run(struct mp_handle *h)
+/* The handle is off the list, and in no batch. */
+void mp_run_any(struct mp_handle *h)
 {
 	__poll_t events;
 	bool room = true;
 
-	if (!list_empty(&h->link))	/* still linked in the caller's batch */
-		list_del_init(&h->link);
 	/* Disarmed, off the list: the callback leaves @events alone. */
 	events = h->events;
 	h->events = 0;
-	/* As a rule a message has come. Whatever it is, it is for the read. */
-	if (likely(h->light && h->pending == EPOLLIN)) {
-		mp_settle(h, mp_try_read(h));
-		return;
-	}
 	/* Try what is pending, as far as they concern it; wait for the rest. */
 	if (events & (EPOLLERR | EPOLLHUP))
 		events |= EPOLLIN | EPOLLOUT;

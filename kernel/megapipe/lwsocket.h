@@ -47,7 +47,7 @@ struct mp_lwsocket_ops {
 	void (*close)(struct socket *lw);
 
 	/*
-	 * Owner, may sleep. Tell @h of what happens to the connection, until
+	 * Owner, softirqs may be off: must not sleep. Tell @h of what happens to the connection, until
 	 * ->unwatch(), by mp_handle_notify(): EPOLLIN, there may be something
 	 * to read, the end of the stream included; EPOLLOUT, there is room to
 	 * write again; EPOLLERR, there is an error to report; EPOLLHUP, the

@@ -68,38 +68,20 @@ static bool mp_has_too_much(const struct mp_operation *operation, const struct m
 	       (req->addr && !operation->takes_addr) || (req->len && !operation->takes_len);
 }
 
-static __always_inline int mp_run_operation(struct mp_channel *ch, const struct mp_request *req,
-					    const struct mp_operation *operation)
-{
-	struct mp_handle *h = mp_handle_find(ch, req->handle);
-
-	if (unlikely(!h))
-		return -ENOENT;
-	return operation->run(h, req);
-}
-
-static noinline int mp_check_and_run(struct mp_channel *ch, const struct mp_request *req,
-				     const struct mp_operation *operation)
-{
-	if (mp_has_too_much(operation, req))
-		return -EINVAL;
-	return mp_run_operation(ch, req, operation);
-}
-
-static __always_inline int mp_try_execute(struct mp_channel *ch, const struct mp_request *req)
+static int mp_try_execute(struct mp_channel *ch, const struct mp_request *req)
 {
 	const struct mp_operation *operation;
+	struct mp_handle *h;
 
-	if (unlikely(req->op >= MP_NR_OPS || req->reserved))
+	if (req->op >= MP_NR_OPS || req->reserved)
 		return -EINVAL;
 	operation = &mp_operations[array_index_nospec(req->op, MP_NR_OPS)];
 	if (operation->on_channel)
 		return operation->on_channel(ch, req);
-	/* As a rule it is a buffer (whatever takes one has a length) or not even that. */
-	if (likely(!(req->fd | req->flags | req->cookie) &&
-		   (operation->takes_addr || !(req->addr | req->len))))
-		return mp_run_operation(ch, req, operation);
-	return mp_check_and_run(ch, req, operation);
+	if (mp_has_too_much(operation, req))
+		return -EINVAL;
+	h = mp_handle_find(ch, req->handle);
+	return h ? operation->run(h, req) : -ENOENT;
 }
 
 /* The cookie that goes with a failed request: its handle's, or the one that it brought. */
@@ -116,7 +98,7 @@ static u64 mp_cookie_of(struct mp_channel *ch, const struct mp_request *req)
 	return req->flags & MP_AT_OFFSET ? 0 : req->cookie;
 }
 
-static noinline void mp_fail(struct mp_channel *ch, const struct mp_request *req, int error)
+static void mp_fail(struct mp_channel *ch, const struct mp_request *req, int error)
 {
 	mp_post(ch, (struct mp_completion){
 		.op = req->op,
@@ -126,11 +108,11 @@ static noinline void mp_fail(struct mp_channel *ch, const struct mp_request *req
 	});
 }
 
-void mp_execute(struct mp_channel *ch, const struct mp_request *req)
+void mp_execute_any(struct mp_channel *ch, const struct mp_request *req)
 {
 	int ret = mp_try_execute(ch, req);
 
-	if (unlikely(ret < 0))
+	if (ret < 0)
 		mp_fail(ch, req, ret);
 }
 
@@ -144,6 +126,23 @@ void mp_wake_owner(struct mp_channel *ch)
 bool mp_schedule(ktime_t *deadline)
 {
 	return schedule_hrtimeout_range(deadline, current->timer_slack_ns, HRTIMER_MODE_ABS);
+}
+
+/* Softirqs, which executing and running may have left off, are on afterwards. */
+static u32 mp_drain(struct mp_channel *ch)
+{
+	u32 taken = ch->batch->drain(ch);
+
+	mp_quiet_end(ch);
+	return taken;
+}
+
+static u32 mp_complete_ready(struct mp_channel *ch)
+{
+	u32 filled = ch->batch->complete(ch);
+
+	mp_quiet_end(ch);
+	return filled;
 }
 
 /*
@@ -165,7 +164,7 @@ static int mp_wait(struct mp_channel *ch)
 	if (timeout > 0)
 		deadline = ktime_add_safe(ktime_get(), ns_to_ktime(timeout));
 
-	while (!ch->batch->complete(ch) && !expired) {
+	while (!mp_complete_ready(ch) && !expired) {
 		if (signal_pending(current))
 			return -EINTR;
 		ret = ch->batch->sleep(ch, timeout < 0 ? NULL : &deadline);
@@ -199,7 +198,7 @@ static long mp_channel_ioctl(struct file *file, unsigned int cmd, unsigned long 
 	if (ret)
 		return ret;
 	if (flags & MP_ENTER_SUBMIT)
-		taken = ch->batch->drain(ch);
+		taken = mp_drain(ch);
 	if (flags & MP_ENTER_WAIT)
 		ret = mp_wait(ch);
 	/* What has been taken is taken, and the ring's sq_head tells. */

@@ -31,12 +31,11 @@ static __always_inline __poll_t mp_tcp_input(const struct sock *sk)
 	return now;
 }
 
-/* What poll() would say of @events, EPOLLERR and EPOLLHUP included. */
-static __always_inline __poll_t mp_events_of(const struct mp_handle *h, __poll_t events)
+/* All over: nothing can arrive any more, and what is left is to say why. */
+static __always_inline bool mp_tcp_is_over(const struct sock *sk)
 {
-	if (h->light && events == EPOLLIN && likely(!mp_tcp_is_layered(h->sock->sk)))
-		return mp_tcp_input(h->sock->sk);
-	return h->kind->events(h, events);
+	return unlikely(inet_sk_state_load(sk) == TCP_CLOSE) && READ_ONCE(sk->sk_err) &&
+	       skb_queue_empty_lockless(&sk->sk_receive_queue) && !mp_tcp_is_layered(sk);
 }
 
 #endif
