@@ -132,7 +132,7 @@ struct mp_handle *mp_ready_pop(struct mp_channel *ch);
  * pending on it, and write the completions. Needs mp_cq_room() > 0. What finds no room, or still
  * cannot be done, stays pending, and the handle becomes ready again by itself.
  *
- * Sleeps, and leaves softirqs off, as mp_execute(): until ->complete() has returned.
+ * May sleep, and may leave softirqs off, as mp_execute(): until ->complete() has returned.
  */
 void mp_run(struct mp_handle *h);
 

@@ -86,7 +86,7 @@ struct mp_channel {
 	struct sock_charge charges[MP_MAX_SPARE];
 	u32 nr_charges;
 
-	/* Messages that have been moved since softirqs were switched off; 0: they are on. */
+	/* Steps since softirqs were switched off, see light.c; 0: they are on. */
 	u32 quiet;
 
 	/* For light.c, zero but for what that sets: to clear one for each costs too much. */
@@ -201,7 +201,7 @@ struct mp_kind {
 	bool offloads;
 };
 
-/* Where the pending read wants its bytes; mp_read() has looked at the address. */
+/* Where the pending read wants its bytes; whoever took the request has looked at the address. */
 static __always_inline void mp_read_iter(const struct mp_handle *h, struct iov_iter *to)
 {
 	iov_iter_ubuf(to, ITER_DEST, u64_to_user_ptr(h->read_addr), h->read_len);

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
  * MegaPipe: the short way of an lwsocket. What io.c does for every kind of file is
- * done here for reads and writes that are short, and as they are as a rule; whatever
- * is otherwise, in any respect, takes io.c's way, which can do all of it.
+ * done here for short messages, as they come and go as a rule, and for reads that
+ * have to wait for one; whatever is otherwise, in any respect, takes io.c's way,
+ * which can do all of it.
  *
  * Short messages are moved under the spin lock of the socket, as TCP itself works
  * in softirq: a whole socket lock costs more than the bytes. Nothing can sleep
@@ -29,7 +30,7 @@
 
 /* --- softirqs ---------------------------------------------------------------------- */
 
-/* Messages that are moved with softirqs off: what NAPI takes, too, before it lets others run. */
+/* Steps (messages, reads that wait) with softirqs off: as many packets NAPI takes at a time. */
 #define MP_QUIET	NAPI_POLL_WEIGHT
 
 /* Softirqs run again, at once if some have waited. */
@@ -41,13 +42,21 @@ void mp_quiet_end(struct mp_channel *ch)
 	}
 }
 
-/* One more message is moved with softirqs off. */
-static __always_inline void mp_quiet_message(struct mp_channel *ch)
+/* A step for which softirqs may be on or off. */
+static __always_inline void mp_quiet_step(struct mp_channel *ch)
 {
-	if (unlikely(ch->quiet >= MP_QUIET))
+	if (ch->quiet && unlikely(ch->quiet++ >= MP_QUIET))
 		mp_quiet_end(ch);
-	if (!ch->quiet++)
+}
+
+/* A step for which they must be off. */
+static __always_inline void mp_quiet_begin(struct mp_channel *ch)
+{
+	mp_quiet_step(ch);
+	if (!ch->quiet) {
+		ch->quiet = 1;
 		local_bh_disable();
+	}
 }
 
 /* --- moving bytes ------------------------------------------------------------------- */
@@ -55,7 +64,7 @@ static __always_inline void mp_quiet_message(struct mp_channel *ch)
 /* Take the spin lock of @sk, or return false: a task (ss -K, say) has locked the socket. */
 static __always_inline bool mp_short_lock(struct mp_channel *ch, struct sock *sk)
 {
-	mp_quiet_message(ch);
+	mp_quiet_begin(ch);
 	spin_lock(&sk->sk_lock.slock);
 	if (likely(!sock_owned_by_user(sk)))
 		return true;
@@ -98,7 +107,7 @@ static int mp_short_copy(read_descriptor_t *desc, struct sk_buff *skb, unsigned 
 		if (!from)
 			return -EAGAIN;
 	}
-	/* mp_execute() has looked at the address. What came before a fault is copied again. */
+	/* Whoever took the request has looked at the address. What came before a fault is copied again. */
 	instrument_copy_to_user(desc->arg.buf, from, len);
 	if (raw_copy_to_user(desc->arg.buf, from, len))
 		return -EAGAIN;
@@ -109,19 +118,21 @@ static int mp_short_copy(read_descriptor_t *desc, struct sk_buff *skb, unsigned 
 
 /*
  * Nobody else reads from an lwsocket, so that there is something, or nobody would
- * ask. Returns how many bytes, or something else: not the short way.
+ * ask. Returns how many bytes, 0 at the end of the stream, or an errno: it has to be
+ * read in another way.
  */
 static __always_inline int mp_short_read(struct mp_handle *h)
 {
 	struct sock *sk = h->sock->sk;
 	read_descriptor_t *desc = &h->channel->read_desc;
 	int ret = -EAGAIN;
-	u32 there;
+	u32 from, there;
 
 	if (!mp_short_lock(h->channel, sk))
 		return ret;
 	/* The end of the stream is in it, too, and counts as a byte. */
-	there = tcp_sk(sk)->rcv_nxt - tcp_sk(sk)->copied_seq;
+	from = tcp_sk(sk)->copied_seq;
+	there = tcp_sk(sk)->rcv_nxt - from;
 	/* Under the lock nobody puts a layer on top. */
 	if (likely(there <= MP_SHORT && !mp_tcp_is_layered(sk))) {
 		/* It need not look for more than there is. */
@@ -132,6 +143,8 @@ static __always_inline int mp_short_read(struct mp_handle *h)
 		pagefault_enable();
 		if (likely(ret > 0))
 			sk_peek_offset_bwd(sk, ret);
+		else if (!ret && tcp_sk(sk)->copied_seq == from)
+			ret = -EAGAIN;
 	}
 	mp_short_unlock(sk);
 	return ret;
@@ -175,7 +188,7 @@ static __always_inline bool mp_read_now(struct mp_handle *h)
 {
 	int ret = mp_short_read(h);
 
-	if (unlikely(ret <= 0))
+	if (unlikely(ret < 0))
 		return false;
 	h->pending &= ~EPOLLIN;
 	mp_complete(h, (struct mp_completion){ .op = MP_OP_READ, .result = ret });
@@ -193,6 +206,7 @@ static noinline bool mp_read_end(struct mp_handle *h)
 {
 	int error = mp_tcp_is_over(h->sock->sk) ? sock_error(h->sock->sk) : 0;
 
+	mp_quiet_step(h->channel);
 	if (!error)
 		return false;
 	h->pending &= ~EPOLLIN;
@@ -211,6 +225,7 @@ static __always_inline bool mp_short_read_request(struct mp_handle *h,
 	if (!skb_queue_empty_lockless(&h->sock->sk->sk_receive_queue))
 		return mp_read_what_is_there(h);
 	/* As a rule nothing has come yet; what else there may be, waiting finds. */
+	mp_quiet_step(h->channel);
 	h->pending |= EPOLLIN;
 	mp_settle(h, true);
 	return true;

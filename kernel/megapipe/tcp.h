@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
  * MegaPipe: what poll() would say of a TCP socket, at a fraction of its cost. As
- * with poll(), nothing is lost if the caller has armed the handle before.
+ * with poll(), nothing is lost if the caller has armed the handle before. And when
+ * there is nothing left to do but to say why.
  */
 #ifndef MEGAPIPE_TCP_H
 #define MEGAPIPE_TCP_H
@@ -31,10 +32,14 @@ static __always_inline __poll_t mp_tcp_input(const struct sock *sk)
 	return now;
 }
 
-/* All over: nothing can arrive any more, and what is left is to say why. */
+/*
+ * All over: nothing can arrive any more, and what is left is to say why. Not after the
+ * end of the stream, which recv() goes on to report, whatever came later.
+ */
 static __always_inline bool mp_tcp_is_over(const struct sock *sk)
 {
 	return unlikely(inet_sk_state_load(sk) == TCP_CLOSE) && READ_ONCE(sk->sk_err) &&
+	       !sock_flag(sk, SOCK_DONE) &&
 	       skb_queue_empty_lockless(&sk->sk_receive_queue) && !mp_tcp_is_layered(sk);
 }
 

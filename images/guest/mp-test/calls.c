@@ -203,7 +203,7 @@ static void test_read_eof(void)
 static void test_reset(void)
 {
 	struct mp_channel *ch = channel();
-	struct pair p = added_pair(ch, 0);
+	struct pair p = added_pair(ch, 0), q;
 	char buffer[16];
 
 	EXPECT(mp_read(ch, p.handle, buffer, sizeof(buffer)), 0);
@@ -214,8 +214,17 @@ static void test_reset(void)
 	WANT(ch, p.handle, MP_OP_READ, 0);
 	EXPECT(mp_write(ch, p.handle, buffer, 1), 0);
 	WANT(ch, p.handle, MP_OP_WRITE, -EPIPE);
+	/* After a FIN it is the end of the stream, as recv() has it, and no error. */
+	q = added_pair(ch, 0);
+	MUST(shutdown(q.peer, SHUT_WR));
+	close(q.peer);
+	for (int i = 0; i < 2; i++) {
+		EXPECT(mp_read(ch, q.handle, buffer, sizeof(buffer)), 0);
+		WANT(ch, q.handle, MP_OP_READ, 0);
+	}
 	mp_close(ch);
 	close(p.mine);
+	close(q.mine);
 }
 
 static void test_write(void)

@@ -420,6 +420,14 @@ static void test_light_ends(void)
 	EXPECT(mp_read(ch, q.handle, buffer, sizeof(buffer)), 0);
 	close_politely(q.peer);
 	WANT(ch, q.handle, MP_OP_READ, 0);
+	/* The FIN and then a reset: the end of the stream, as recv() has it, and no error. */
+	q = light_pair(ch);
+	MUST(shutdown(q.peer, SHUT_WR));
+	close(q.peer);
+	for (int i = 0; i < 2; i++) {
+		EXPECT(mp_read(ch, q.handle, buffer, sizeof(buffer)), 0);
+		WANT(ch, q.handle, MP_OP_READ, 0);
+	}
 	/* The channel goes with everything: pending, and not even registered. */
 	for (int i = 0; i < MANY; i++)
 		many[i] = light_pair(ch);
