@@ -43,10 +43,15 @@ LEAST_INSTRUCTIONS, LEAST_SHARE = 0.9, 0.01
 # or done for many at a time: it goes with the moment, and of it only the sum is compared.
 LEAST_CALLS, LEAST_CALLS_SHARE, OFTEN = 0.25, 0.05, 0.5
 # Compared only with the sum: the scheduler's load averages, of which one call costs the more, the
-# more time has passed since the last; and the memory cgroup's part of a free, which does something
+# more time has passed since the last; the memory cgroup's part of a free, which does something
 # only for objects in slabs that have ever held a charged one, and which these are goes with the
-# image's layout, as the allocator's own work does.
-UNSTEADY = ("kernel/sched/pelt.c: ", "mm/memcontrol.c: __memcg_slab_free_hook")
+# image's layout, as the allocator's own work does; and charging a connection with what another
+# has left, which costs nothing if none has ended yet: at a window's edge.
+UNSTEADY = (
+    "kernel/sched/pelt.c: ",
+    "mm/memcontrol.c: __memcg_slab_free_hook",
+    "net/ipv4/inet_connection_sock.c: inet_csk_charge",
+)
 ALL = "all functions together"
 
 
