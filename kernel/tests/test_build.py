@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from elftools.elf.constants import SH_FLAGS
 from elftools.elf.elffile import ELFFile
 
-from grader import given
+from grader import confined, given
 from kernel import build
 
 DEBIAN = build.read_config((build.CONFIG / "debian-cloud.config").read_text().splitlines())
@@ -201,6 +202,36 @@ def test_a_module_of_given_objects_has_the_same_code(kernel: build.Kernel, tmp_p
     assert {".text", ".return_sites", ".orc_unwind"} <= set(_code(other.ko))
     compiled = {Path(entry["file"]).name for entry in build.compile_commands(other, folders)}
     assert "main.c" in compiled and "mp_batch.c" not in compiled
+
+
+def test_a_module_is_the_same_whether_its_own_files_are_compiled_with_the_labs_or_before(
+    kernel: build.Kernel,
+) -> None:
+    inputs = {
+        path.name: path.read_bytes()
+        for path in (*build.MODULE.glob("*.[ch]"), build.MODULE / "Kbuild", *LAB_FILES.values())
+    }
+    inputs |= {f"uapi/{path.name}": path.read_bytes() for path in build.UAPI.iterdir()}
+    done = confined.run(
+        ["make", "-s", "-C", str(kernel.build), f"M={confined.PLACE}/megapipe", "-j2"],
+        inputs,
+        ["megapipe.ko"],
+        readable=(kernel.build, kernel.source),
+        folder="megapipe",
+    )
+    assert done.status == 0, done.text
+    assert build.build_module(kernel, LAB_FILES).ko.read_bytes() == done.files["megapipe.ko"]
+
+
+def test_a_mistake_in_a_file_of_the_modules_own_is_told(
+    kernel: build.Kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(build.MODULE, tmp_path / "module")
+    monkeypatch.setattr(build, "MODULE", tmp_path / "module")
+    with (tmp_path / "module/ring.c").open("a") as file:
+        file.write("int broken = ;\n")
+    with pytest.raises(build.BuildError, match=r"does not compile\nring\.c:\d+:14: error:"):
+        build.build_module(kernel, LAB_FILES)
 
 
 def test_the_labs_files_are_known_from_kbuild() -> None:
