@@ -24,6 +24,11 @@ SEED = 7
 BATCHED = "mp-server --batch"
 EVERYTHING = "mp-server --batch --partition --lwsocket"
 SERVERS = [EVERYTHING, BATCHED, "mp-server --partition --lwsocket", "mp-server", "epoll-server"]
+SHAPES = [
+    LoadShape(32, 1, 1, close="fin"),
+    LoadShape(8, 4, 65536),
+    LoadShape(64, 16, 64, mode="rounds"),
+]
 ON_DEBUG = [
     "echo",
     "bad-buffer",
@@ -65,20 +70,12 @@ def station(kernel: Kernel) -> Iterator[Station]:
 
 
 @pytest.mark.parametrize("server", SERVERS)
-@pytest.mark.parametrize(
-    "shape",
-    [
-        LoadShape(32, 1, 1, close="fin"),
-        LoadShape(8, 4, 65536),
-        LoadShape(64, 16, 64, mode="rounds"),
-    ],
-    ids=["short", "large", "rounds"],
-)
-def test_servers_echo_every_byte(station: Station, server: str, shape: LoadShape) -> None:
-    with Session(station, server, shape, SEED) as session:
-        phase = session.run(4 * shape.connections * shape.transactions_per_connection)
-    assert phase.error_count == 0
-    assert phase.packets_dropped == 0
+def test_servers_echo_every_byte(station: Station, server: str) -> None:
+    for shape in SHAPES:
+        with Session(station, server, shape, SEED) as session:
+            phase = session.run(4 * shape.connections * shape.transactions_per_connection)
+        assert phase.error_count == 0, shape
+        assert phase.packets_dropped == 0, shape
 
 
 def test_5000_connections_at_a_time(station: Station) -> None:
