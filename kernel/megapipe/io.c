@@ -410,14 +410,6 @@ int mp_accept(struct mp_handle *h, const struct mp_request *req)
 
 /* --- read -------------------------------------------------------------------- */
 
-static void mp_read_done(struct mp_handle *h, ssize_t result)
-{
-	struct mp_completion c = { .op = MP_OP_READ, .result = result };
-
-	h->pending &= ~EPOLLIN;
-	mp_complete(h, c);
-}
-
 static bool mp_try_read(struct mp_handle *h)
 {
 	ssize_t ret;

@@ -190,8 +190,7 @@ static __always_inline bool mp_read_now(struct mp_handle *h)
 
 	if (unlikely(ret < 0))
 		return false;
-	h->pending &= ~EPOLLIN;
-	mp_complete(h, (struct mp_completion){ .op = MP_OP_READ, .result = ret });
+	mp_read_done(h, ret);
 	return true;
 }
 
@@ -209,8 +208,7 @@ static noinline bool mp_read_end(struct mp_handle *h)
 	mp_quiet_step(h->channel);
 	if (!error)
 		return false;
-	h->pending &= ~EPOLLIN;
-	mp_complete(h, (struct mp_completion){ .op = MP_OP_READ, .result = error });
+	mp_read_done(h, error);
 	return true;
 }
 

@@ -16,6 +16,14 @@ static __always_inline void mp_complete(struct mp_handle *h, struct mp_completio
 	mp_post(h->channel, c);
 }
 
+static __always_inline void mp_read_done(struct mp_handle *h, int result)
+{
+	struct mp_completion c = { .op = MP_OP_READ, .result = result };
+
+	h->pending &= ~EPOLLIN;
+	mp_complete(h, c);
+}
+
 /* What poll() would say of @events, EPOLLERR and EPOLLHUP included. */
 static __always_inline __poll_t mp_events_of(const struct mp_handle *h, __poll_t events)
 {

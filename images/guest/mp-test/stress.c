@@ -292,7 +292,7 @@ static pid_t begin(void (*run)(uint64_t), uint64_t seed)
 int stress(int seconds, uint64_t seed)
 {
 	int cpus = sysconf(_SC_NPROCESSORS_ONLN), servers = 2 * cpus, clients = 2 * cpus;
-	uint64_t end = now_ns() + seconds * 1000000000ULL, said = now_ns();
+	uint64_t now = now_ns(), end = now + seconds * 1000000000ULL, said = now;
 	pid_t pids[servers + clients];
 	const char *complaint = NULL;
 	char text[600];
@@ -325,10 +325,11 @@ int stress(int seconds, uint64_t seed)
 		length = read(ends[0], text, sizeof(text) - 1);
 		text[length > 0 ? length : 0] = '\0';
 		complaint = kernel_complaint();
-		if (now_ns() - said > 10000000000ULL) {
-			said = now_ns();
+		now = now_ns();
+		if (now < end && now - said > 10000000000ULL) {
+			said = now;
 			printf("stress: %llu s left, %llu connections\n",
-			       (unsigned long long)((end - said) / 1000000000),
+			       (unsigned long long)((end - now) / 1000000000),
 			       (unsigned long long)counts->connections);
 		}
 	}
