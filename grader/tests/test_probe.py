@@ -600,9 +600,11 @@ def test_no_counted_function_jumps_to_its_own_beginning(
     """What probe.c takes for granted of the first bytes behind an entry."""
     kernel: Kernel = request.getfixturevalue("debug_kernel" if debug else "kernel")
     symbols = Symbols.of_kernel(kernel.vmlinux)
-    functions = ProbeConfig.standard(1, symbols).functions.values()
+    # On the debug kernel, nothing but reports is counted.
+    counted = ProbeConfig.of_reports if debug else ProbeConfig.standard
+    functions = counted(1, symbols).functions.values()
     entries = sorted({entry for names in functions for entry in symbols.resolve(names)})
-    assert len(entries) > 50
+    assert len(entries) > (20 if debug else 50)
     for entry in entries:
         listed = subprocess.run(
             ["objdump", "-d", "--no-show-raw-insn", f"--start-address={entry:#x}",
