@@ -603,8 +603,9 @@ def test_partitioning_keeps_connections_where_they_are(kernel: Kernel) -> None:
         found = station.sharing.read() - before
     assert_consistent(found)
     assert found.overflow.sum() == found.unseen.sum() == 0
-    assert local.clock.all > 0
-    assert not any("sysvec_apic_timer" in one.name for one in local.functions)
+    # But for what the handler itself does behind the end of the interrupt's work, rarely.
+    ticks = [one.moved.all for one in local.functions if "sysvec_apic_timer" in one.name]
+    assert sum(ticks) < 0.1 * local.clock.all
     assert shared.moved.all > 2.5 * local.moved.all
     # What is looked for, and found: the connection itself.
     tcp = [
