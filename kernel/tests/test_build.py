@@ -10,7 +10,7 @@ import pytest
 from elftools.elf.constants import SH_FLAGS
 from elftools.elf.elffile import ELFFile
 
-from grader import confined, given
+from grader import given
 from kernel import build
 
 DEBIAN = build.read_config((build.CONFIG / "debian-cloud.config").read_text().splitlines())
@@ -207,18 +207,9 @@ def test_a_module_of_given_objects_has_the_same_code(kernel: build.Kernel, tmp_p
 def test_a_module_is_the_same_whether_its_own_files_are_compiled_with_the_labs_or_before(
     kernel: build.Kernel,
 ) -> None:
-    inputs = {
-        path.name: path.read_bytes()
-        for path in (*build.MODULE.glob("*.[ch]"), build.MODULE / "Kbuild", *LAB_FILES.values())
-    }
-    inputs |= {f"uapi/{path.name}": path.read_bytes() for path in build.UAPI.iterdir()}
-    done = confined.run(
-        ["make", "-s", "-C", str(kernel.build), f"M={confined.PLACE}/megapipe", "-j2"],
-        inputs,
-        ["megapipe.ko"],
-        readable=(kernel.build, kernel.source),
-        folder="megapipe",
-    )
+    files = {name: path.read_bytes() for name, path in LAB_FILES.items()}
+    inputs = {**build._contents(build.MODULE), **files}
+    done = build._make_in(kernel, "megapipe", inputs, [], ["megapipe.ko"])
     assert done.status == 0, done.text
     assert build.build_module(kernel, LAB_FILES).ko.read_bytes() == done.files["megapipe.ko"]
 
